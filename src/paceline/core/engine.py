@@ -1,0 +1,316 @@
+"""Requests in, streams out: queues, text, stop conditions and the life of a sequence around `Runner.step`.
+
+Not thread-safe: one thread owns an engine (`llm.AsyncLLM` shows how to share it).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from paceline.core import rng
+from paceline.core.clock import Clock, RealClock
+from paceline.core.errors import RequestError
+from paceline.core.kvcache import KVCache
+from paceline.core.runner import Parts, Runner
+from paceline.core.sampler import Drawn
+from paceline.core.scheduler import Limits
+from paceline.core.sequence import Sequence
+from paceline.core.types import Completion, Delta, FinishReason, Output, Request, SamplingParams, Timing
+
+
+class TextStream(Protocol):
+    """Turns tokens into text that is safe to show, and watches for stop strings."""
+
+    def push(self, token: int) -> tuple[str, str | None]:
+        """New text, and the stop string that was completed, if any."""
+
+    def finish(self) -> str: ...
+
+
+class NoText:
+    """For engines without a tokenizer."""
+
+    def push(self, token: int) -> tuple[str, str | None]:
+        return "", None
+
+    def finish(self) -> str:
+        return ""
+
+
+@dataclass
+class _Live:
+    """A request being served: its sequences, and the text of each so far."""
+
+    request: Request
+    seqs: list[Sequence]
+    streams: list[TextStream]
+    texts: list[list[str]]
+    start: float
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+
+    @property
+    def done(self) -> bool:
+        return all(s.done for s in self.seqs)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What requests are checked against. capacity: tokens one sequence may have, prompt and output."""
+
+    n_vocab: int
+    capacity: int
+    eos: frozenset[int] = frozenset()
+    why_capacity: str = "the context"
+
+
+@dataclass
+class Stats:
+    n_requests: int = 0
+    n_finished: int = 0
+    n_prompt_tokens: int = 0
+    n_cached_tokens: int = 0
+    n_output_tokens: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+
+
+class Engine:
+    def __init__(
+        self,
+        model: Any,
+        cache: KVCache,
+        parts: Parts,
+        limits: Limits,
+        serving: Serving,
+        text: Callable[[SamplingParams], TextStream] = lambda params: NoText(),
+        clock: Clock | None = None,
+    ):
+        self.clock = clock or RealClock()
+        self.serving, self.text = serving, text
+        self.runner = Runner(model, cache, parts, limits, serving.eos, self._append)
+        self.live: dict[str, _Live] = {}
+        self.stats = Stats()
+        self._deltas: list[Delta] = []
+        self._done: list[Output] = []
+        self._ids = 0
+
+    # ---- requests
+
+    def add(self, request: Request, parent: Sequence | None = None) -> None:
+        """Queue a request. Raises RequestError (nothing is queued then).
+
+        parent: a parked sequence whose tokens are a prefix of the request's; its state is shared instead of computed.
+        """
+        self.check(request)
+        now = self.clock.now()
+        seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
+        n = request.params.n if request.generate else 1
+        seqs = [self._sequence(request, i, rng.child_seed(seed, i)) for i in range(n)]
+        seqs[0].siblings = seqs[1:]
+        streams = [self.text(request.params) for _ in seqs]
+        self.live[request.id] = _Live(request, seqs, streams, [[] for _ in seqs], now)
+        self._start(seqs[0], parent)
+        self.stats.n_requests += 1
+        self.stats.n_prompt_tokens += len(request.tokens)
+
+    def _sequence(self, request: Request, index: int, seed: int) -> Sequence:
+        self._ids += 1
+        n_prompt = len(request.tokens)
+        room = self.serving.capacity - n_prompt
+        max_tokens = room if request.params.max_tokens is None else min(request.params.max_tokens, room)
+        return Sequence(self._ids, request, index, list(request.tokens), n_prompt, seed, n_prompt + max_tokens)
+
+    def _start(self, seq: Sequence, parent: Sequence | None) -> None:
+        if parent is None or parent.kv is None or parent.n_computed >= len(seq.tokens):
+            self.runner.scheduler.add(seq)
+            return
+        seq.kv = self.runner.cache.fork(parent.kv)
+        seq.n_computed = parent.n_computed
+        seq.n_cached = min(parent.n_computed, seq.n_prompt)
+        self.runner.scheduler.run(seq)
+
+    def fork(self, seq: Sequence | None) -> Sequence | None:
+        """A parked sequence that shares this one's state (None: there is none to share)."""
+        if seq is None:
+            return None
+        child = self._sequence(seq.request, seq.index, seq.seed)
+        child.tokens = list(seq.tokens)
+        if seq.kv is not None:
+            child.kv, child.n_computed = self.runner.cache.fork(seq.kv), seq.n_computed
+            self.runner.scheduler.park(child)
+        return child
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError naming everything wrong with a request."""
+        s, p = self.serving, request.params
+        problems = []
+        if request.id in self.live:
+            problems.append(f"id = {request.id!r}: a request of this id is being served")
+        if not request.tokens:
+            problems.append(
+                "prompt: is empty; give at least one token (models with a BOS token get it from the tokenizer)"
+            )
+        bad = next((t for t in request.tokens if not 0 <= t < s.n_vocab), None)
+        if bad is not None:
+            problems.append(f"prompt token id {bad}: must be from 0 to {s.n_vocab - 1} (the model's vocabulary)")
+        n_more = 1 if request.generate else 0
+        if len(request.tokens) + n_more > s.capacity:
+            problems.append(
+                f"prompt: {len(request.tokens)} tokens exceed {s.capacity - n_more} that fit ({s.why_capacity}); shorten it"
+            )
+        for name, ids in (("logit_bias", p.logit_bias), ("stop_token_ids", p.stop_token_ids)):
+            out = [t for t in ids if not 0 <= t < s.n_vocab]
+            if out:
+                problems.append(f"{name}: token id {out[0]} is outside the vocabulary (0 to {s.n_vocab - 1})")
+        if problems:
+            raise RequestError("; ".join(problems))
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; what it has so far becomes its output. Unknown ids are ignored (it may just have ended)."""
+        live = self.live.get(request_id)
+        if live is None:
+            return
+        for seq in live.seqs:
+            if not seq.done:
+                self._finish(live, seq, "abort")
+        self._retire(live)
+
+    # ---- steps
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.live)
+
+    def step(self) -> tuple[list[Delta], list[Output]]:
+        """Run one step; the new pieces of every stream, and the requests that ended."""
+        before = self.clock.now()
+        touched = self.runner.step(before)
+        now = self.clock.now()
+        for seq in self.runner.scheduler.running:
+            live = self.live.get(seq.request.id)
+            if live is not None and live.first_scheduled is None:
+                live.first_scheduled = before
+        for live in {
+            seq.request.id: self.live[seq.request.id] for seq in touched if seq.request.id in self.live
+        }.values():
+            self._advance(live, now)
+        deltas, self._deltas = self._deltas, []
+        done, self._done = self._done, []
+        return deltas, done
+
+    def _advance(self, live: _Live, now: float) -> None:
+        if live.first_scheduled is None:
+            live.first_scheduled = live.start
+        if live.first_token is None:
+            live.first_token = now
+        live.last_token = now
+        for seq in live.seqs:
+            if not seq.request.generate and seq.n_computed == len(seq.tokens) and not seq.done:
+                self._finish(live, seq, "length")
+            elif seq.finish_reason == "error" and seq.kv is not None:
+                self._finish(live, seq, "error")
+            elif seq.done and seq.kv is not None:
+                self._release(seq)
+        if live.done:
+            self._retire(live)
+
+    def _append(self, seq: Sequence, drawn: Drawn) -> bool:
+        """Commit one token: text, stop conditions, stream. True when the sequence has ended."""
+        live = self.live[seq.request.id]
+        p, token = seq.params, drawn.token
+        seq.tokens.append(token)
+        self.stats.n_output_tokens += 1
+        if drawn.logprob is not None:
+            seq.logprobs.append(drawn.logprob)
+        text, matched = live.streams[seq.index].push(token)
+        n_output = len(seq.tokens) - seq.n_prompt
+        reason: FinishReason | None = None
+        stop: str | int | None = None
+        if n_output >= p.min_tokens:
+            if token in self.serving.eos and not p.ignore_eos:
+                reason, stop = "stop", None
+            elif token in p.stop_token_ids:
+                reason, stop = "stop", token
+            elif matched is not None:
+                reason, stop = "stop", matched
+        if reason is None and len(seq.tokens) >= seq.max_len:
+            reason = "length"
+        self._emit(live, seq, (token,), text, drawn, reason, stop)
+        return reason is not None
+
+    def _emit(
+        self,
+        live: _Live,
+        seq: Sequence,
+        tokens: tuple[int, ...],
+        text: str,
+        drawn: Drawn | None,
+        reason: FinishReason | None,
+        stop: str | int | None = None,
+    ) -> None:
+        if reason is not None:
+            seq.finish_reason, seq.stop_reason = reason, stop
+            if not isinstance(stop, str):
+                text += live.streams[seq.index].finish()
+        if text:
+            live.texts[seq.index].append(text)
+        lp = (drawn.logprob,) if drawn is not None and drawn.logprob is not None else ()
+        self._deltas.append(Delta(seq.request.id, seq.index, tokens, text, lp, reason, stop))
+
+    def _finish(self, live: _Live, seq: Sequence, reason: FinishReason) -> None:
+        self._emit(live, seq, (), "", None, reason)
+        self._release(seq)
+
+    def _release(self, seq: Sequence) -> None:
+        scheduler = self.runner.scheduler
+        if seq.request.park and seq.kv is not None and seq.finish_reason in ("stop", "length"):
+            if seq not in scheduler.parked:
+                scheduler.park(seq)
+            return
+        scheduler.remove(seq)
+
+    def _retire(self, live: _Live) -> None:
+        for seq in live.seqs:
+            self._release(seq)
+        del self.live[live.request.id]
+        first = live.seqs[0]
+        self.stats.n_finished += 1
+        self.stats.n_cached_tokens += first.n_cached
+        reason = first.finish_reason or "abort"
+        self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
+        completions = [
+            Completion(
+                s.index,
+                s.output,
+                "".join(live.texts[s.index]),
+                s.finish_reason,
+                s.stop_reason,
+                s.logprobs if s.params.logprobs is not None else None,
+            )
+            for s in live.seqs
+        ]
+        errors = [s.error for s in live.seqs if s.error]
+        self._done.append(
+            Output(
+                live.request.id,
+                list(live.request.tokens),
+                completions,
+                first.prompt_logprobs,
+                first.n_cached,
+                sum(s.n_preempted for s in live.seqs),
+                self._timing(live),
+                errors[0] if errors else None,
+                live.seqs,
+            )
+        )
+
+    def _timing(self, live: _Live) -> Timing:
+        end = self.clock.now()
+        scheduled = live.first_scheduled if live.first_scheduled is not None else end
+        first = live.first_token if live.first_token is not None else end
+        last = live.last_token if live.last_token is not None else first
+        return Timing(scheduled - live.start, first - scheduled, last - first, first - live.start)

@@ -1,0 +1,197 @@
+"""One step, in one straight line: propose, schedule, reserve, forward, draw or verify, commit.
+
+Commit is the only place where persistent state changes; whatever observes a sequence sees committed tokens only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from paceline.core.build import build, wanted_rows
+from paceline.core.kvcache import KVCache, of_layer
+from paceline.core.sampler import Drawn, LogitsPart, Sampler
+from paceline.core.scheduler import FirstCome, Limits, Policy, Prefix, Scheduler, Share
+from paceline.core.sequence import NO_DRAFT, Draft, Sequence
+from paceline.core.types import TokenLogprob
+from paceline.core.verify import Acceptor, Verdict, coupled
+
+
+class Drafter(Protocol):
+    """The `drafter` seam."""
+
+    def propose(self, seqs: Seq[Sequence]) -> list[Draft]:
+        """A draft (possibly empty) for each sequence; each has all but its last token computed."""
+
+    def observe(self, seq: Sequence, n_accepted: int) -> None: ...
+
+
+class KVPolicy(Protocol):
+    """One link of the `kv_policy` chain."""
+
+    def after_commit(self, seq: Sequence, cache: KVCache) -> None: ...
+
+
+@dataclass
+class Parts:
+    """What the techniques built, by seam. Empty seams cost nothing."""
+
+    prefix: Prefix | None = None
+    drafter: Drafter | None = None
+    acceptor: Acceptor = coupled
+    schedule: Policy = field(default_factory=FirstCome)
+    logits: list[LogitsPart] = field(default_factory=list)
+    kv_policy: list[KVPolicy] = field(default_factory=list)
+
+
+Append = Callable[[Sequence, Drawn], bool]  # takes a committed token; True when the sequence is finished
+
+
+class Runner:
+    """Runs steps of a model over a cache. `append` receives every new token and decides whether the sequence ends."""
+
+    def __init__(self, model: Any, cache: KVCache, parts: Parts, limits: Limits, eos: frozenset[int], append: Append):
+        self.model, self.ops, self.cache, self.parts = model, model.ops, cache, parts
+        self.scheduler = Scheduler(cache, limits, parts.schedule, parts.prefix)
+        self.sampler = Sampler(self.ops, parts.logits, eos)
+        self.append = append
+        self.of_layer = of_layer(cache.groups)
+        self.n_steps = 0
+
+    def step(self, now: float) -> list[Sequence]:
+        """Compute one step; the sequences that got tokens, ended or failed in it."""
+        self._propose()
+        shares = self.scheduler.schedule(now)
+        if not shares:
+            return []
+        self.n_steps += 1
+        batch = build(shares, self.cache, self.of_layer)
+        bound = self.ops.begin(batch)
+        program = self.model.program
+        x = program.embed(bound)
+        for layer in program.layers:
+            x = layer(x, bound)
+        if any(s.seq.request.pool for s in shares):
+            self._pool(shares, batch.cu_rows, self.ops.numpy(program.norm(x, bound)))
+        logits = np.empty((0, 0), np.float32)
+        if len(batch.want):
+            logits = self.ops.numpy(program.head(self.ops.wanted(x, bound), bound))
+        return self._commit(shares, logits)
+
+    def _propose(self) -> None:
+        if self.parts.drafter is None:
+            return
+        ready = [s for s in self.scheduler.running if len(s.tokens) - s.n_computed == 1 and s.request.generate]
+        for seq, draft in zip(ready, self.parts.drafter.propose(ready), strict=True):
+            room = seq.max_len - len(seq.tokens) - 1
+            seq.draft = draft.cut(max(0, min(len(draft), room))) if draft.is_chain else prune(draft, room)
+
+    def _pool(self, shares: Seq[Share], cu_rows: np.ndarray, hidden: np.ndarray) -> None:
+        for share, at in zip(shares, cu_rows, strict=False):
+            rows = hidden[at : at + share.n].astype(np.float64)
+            seq = share.seq
+            if seq.request.pool == "mean":
+                total = rows.sum(axis=0)
+                seq.pooled = total if seq.pooled is None else seq.pooled + total
+            elif seq.request.pool == "last":
+                seq.pooled = rows[-1]
+
+    def _commit(self, shares: Seq[Share], logits: np.ndarray) -> list[Sequence]:
+        touched: list[Sequence] = []
+        draws: list[tuple[Sequence, int]] = []
+        at = 0
+        for share in shares:
+            seq, n_want = share.seq, len(wanted_rows(share))
+            rows = logits[at : at + n_want]
+            at += n_want
+            if seq.params.prompt_logprobs is not None and seq.n_computed < seq.n_prompt:
+                self._prompt_logprobs(share, rows)
+            if share.n_draft:
+                touched.append(self._settle_draft(share, rows[-1 - share.n_draft :]))
+                continue
+            self.cache.settle(seq.kv, range(share.n))
+            seq.n_computed += share.n
+            if seq.n_computed == len(seq.tokens):
+                touched.append(seq)
+                if seq.request.generate:
+                    draws.append((seq, at - 1))
+                    draws += [(child, at - 1) for child in self._fork_siblings(seq)]
+        if draws:
+            drawn = self.sampler.draw([s for s, _ in draws], logits[[r for _, r in draws]])
+            for (seq, _), d in zip(draws, drawn, strict=True):
+                self._take(seq, d)
+                if seq not in touched:
+                    touched.append(seq)
+        for share in shares:
+            self._after(share.seq)
+        return touched
+
+    def _take(self, seq: Sequence, drawn: Drawn) -> bool:
+        if drawn.token < 0:
+            seq.finish_reason = "error"
+            seq.error = (
+                "the model's logits are not finite (NaN or infinite): the weights or their quantisation are damaged"
+            )
+            return True
+        return self.append(seq, drawn)
+
+    def _settle_draft(self, share: Share, logits: np.ndarray) -> Sequence:
+        """Keep the accepted nodes' state, append their tokens and the one after them."""
+        seq, n_real = share.seq, share.n - share.n_draft
+        verdict, drawn = self.sampler.verify(seq, seq.draft, logits, self.parts.acceptor)
+        rows = np.array([*range(n_real), *(n_real + i for i in verdict.path)], np.int64)
+        self.cache.settle(seq.kv, rows)
+        seq.draft = NO_DRAFT
+        seq.n_computed += len(rows)
+        for d in drawn:
+            if self._take(seq, d):
+                break
+        self._observe(seq, verdict)
+        return seq
+
+    def _observe(self, seq: Sequence, verdict: Verdict) -> None:
+        if self.parts.drafter is not None:
+            self.parts.drafter.observe(seq, len(verdict.path))
+
+    def _fork_siblings(self, seq: Sequence) -> list[Sequence]:
+        """The other completions of the request share this one's prompt pages from here on."""
+        children, seq.siblings = seq.siblings, []
+        for child in children:
+            child.kv = self.cache.fork(seq.kv)
+            child.n_computed, child.n_cached = seq.n_computed, seq.n_cached
+            self.scheduler.run(child)
+        return children
+
+    def _prompt_logprobs(self, share: Share, rows: np.ndarray) -> None:
+        seq = share.seq
+        if seq.prompt_logprobs is None:
+            seq.prompt_logprobs = [None]
+        n = min(share.n, seq.n_prompt - 1 - seq.n_computed)
+        start = len(seq.prompt_logprobs) - 1 - seq.n_computed  # a replay after preemption has them already
+        if n > start:
+            targets = np.array(seq.tokens[seq.n_computed + 1 + start : seq.n_computed + 1 + n], np.int64)
+            found: list[TokenLogprob] = self.sampler.logprobs(rows[start:n], targets, seq.params.prompt_logprobs or 0)
+            seq.prompt_logprobs.extend(found)
+
+    def _after(self, seq: Sequence) -> None:
+        """The rest of commit: policies, the prefix index, windows."""
+        if seq.kv is None:
+            return
+        for policy in self.parts.kv_policy:
+            policy.after_commit(seq, self.cache)
+        if self.parts.prefix is not None:
+            n = min(seq.n_computed, len(seq.tokens))
+            self.parts.prefix.insert(seq.tokens[:n], seq.kv, seq.request.salt)
+        self.cache.trim(seq.kv)
+
+
+def prune(draft: Draft, depth: int) -> Draft:
+    """The nodes at most `depth` below the last real token."""
+    keep = np.nonzero(draft.depths() <= depth)[0]
+    new = {int(old): i for i, old in enumerate(keep)}
+    parents = np.array([new.get(int(draft.parents[i]), -1) for i in keep], np.int32)
+    return Draft(draft.tokens[keep], parents, None if draft.q is None else draft.q[keep])
