@@ -58,10 +58,10 @@ def machine() -> Machine:
 def native_isas() -> tuple[str, ...]:
     """ISAs of the native core on this machine, best last; empty when it was not built."""
     try:
-        from paceline.ops import native
+        from paceline import _native
     except ImportError:
         return ()
-    return native.available()
+    return tuple(name for name, problem in _native.instruction_sets() if not problem)
 
 
 def locate(model: str | Path | None) -> str | Path:
@@ -71,20 +71,26 @@ def locate(model: str | Path | None) -> str | Path:
     return lab.path(model) if isinstance(model, str) and model in lab.names() else model
 
 
-def inspect(model: str | Path | None, config: EngineConfig, progress: Any = None) -> Inspected:
+def open_model(model: str | Path | Checkpoint | None, config: EngineConfig) -> Checkpoint:
+    if model is None or isinstance(model, (str, Path)):
+        return open_checkpoint(locate(model), offline=config.offline)
+    return model
+
+
+def inspect(model: str | Path | Checkpoint | None, config: EngineConfig, progress: Any = None) -> Inspected:
     """Everything that can be known and refused before a weight is read. Raises PacelineError subclasses."""
     problems = config.problems()
     if problems:
         raise ConfigError(problems)
-    checkpoint = open_checkpoint(locate(model), offline=config.offline, progress=progress)
-    model_config = models.get(checkpoint.config.get("model_type", "")).config(checkpoint.config)
+    checkpoint = open_model(model, config)
+    model_config = models.read(checkpoint.config)
     formats = loader.FormatChoice.parse(config.format, config.dtype)
     sizes = loader.plan_sizes(model_config, formats, checkpoint)
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = read_tokenizer(checkpoint)
     if tokenizer is not None:
         tokenizer.check(model_config.n_vocab)
     facts = ModelFacts(
-        name=str(model) if model is not None else checkpoint.path.name,
+        name=str(model) if isinstance(model, (str, Path)) else checkpoint.path.name,
         model_type=model_config.model_type,
         context=model_config.max_context or model_config.context,
         n_vocab=model_config.n_vocab,
@@ -101,11 +107,13 @@ def inspect(model: str | Path | None, config: EngineConfig, progress: Any = None
     return Inspected(checkpoint, model_config, formats, tokenizer, plan)
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     """The model's tokenizer; None when it has none (token ids in, token ids out)."""
     metadata = getattr(checkpoint, "metadata", None)
     if metadata and "tokenizer.ggml.tokens" in metadata:
         return Tokenizer.from_gguf(metadata)
+    if not checkpoint.path.exists():
+        return None
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     names = ("tokenizer.json", "vocab.json", "tokenizer.model")
     return Tokenizer.from_folder(folder) if any((folder / n).exists() for n in names) else None
@@ -116,7 +124,7 @@ def make_ops(plan: Plan) -> Ops:
     if plan.backend == "native":
         from paceline.ops.native import NativeOps
 
-        return NativeOps(isa=plan.isa, threads=plan.threads)
+        return NativeOps(plan.isa, plan.threads)
     from paceline.ops.reference import ReferenceOps
 
     if plan.backend == "torch":
@@ -162,7 +170,7 @@ class Assembled:
 
 
 def assemble(
-    model: str | Path | None, config: EngineConfig, *, progress: Progress | None = None, clock: Clock | None = None
+    model: str | Path | Checkpoint | None, config: EngineConfig, *, progress: Progress | None = None, clock: Clock | None = None
 ) -> Assembled:
     """Load a model and build its engine. Raises PacelineError subclasses before or while loading; nothing is left behind."""
     seen = inspect(model, config, progress)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from paceline.assemble import Assembled, Progress, assemble
+from paceline.checkpoints.base import Checkpoint
 from paceline.checkpoints.templates import ChatTemplate
 from paceline.core.config import EngineConfig, Plan
 from paceline.core.errors import ConfigError, PacelineError, RequestError
@@ -38,8 +39,15 @@ class Branch:
 class LLM:
     """A model with its engine. Options are the fields of `EngineConfig`; raises PacelineError subclasses naming every problem."""
 
-    def __init__(self, model: str | Path | None = None, *, progress: Progress | None = None, **options: Any):
-        self.config = make_config(options)
+    def __init__(
+        self,
+        model: str | Path | Checkpoint | None = None,
+        config: EngineConfig | None = None,
+        *,
+        progress: Progress | None = None,
+        **options: Any,
+    ):
+        self.config = make_config(config or EngineConfig(), options)
         self._assembled: Assembled = assemble(model, self.config, progress=progress)
         self.engine = self._assembled.engine
         self.tokenizer = self._assembled.inspected.tokenizer
@@ -65,16 +73,19 @@ class LLM:
             raise RequestError(f"params: {len(each)} given for {len(many)} prompts; give one, or one for each")
         return self._run([self._request(p, s, park=park) for p, s in zip(many, each, strict=True)], many)
 
-    def stream(self, prompt: Prompt | Branch, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """The pieces of one answer as they come. Closing the iterator aborts the request."""
+    def stream(
+        self, prompt: Prompt | Branch, params: SamplingParams | None = None
+    ) -> Generator[Delta, None, Output]:
+        """The pieces of one answer as they come; the generator's return value is the whole output. Closing it aborts."""
         request = self._request(prompt, params or self.default_params())
         self._add(request, prompt)
         try:
-            done = False
-            while not done:
+            while True:
                 deltas, outputs = self.engine.step()
                 yield from (d for d in deltas if d.request == request.id)
-                done = any(o.id == request.id for o in outputs)
+                for output in outputs:
+                    if output.id == request.id:
+                        return output
         finally:
             self.engine.abort(request.id)
 
@@ -112,6 +123,11 @@ class LLM:
         rows = [o.sequences[0].pooled / (len(o.prompt_token_ids) if pool == "mean" else 1) for o in outputs]
         return np.array(rows, np.float32)
 
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Logits after every token, float32 (n_tokens, n_vocab)."""
+        request = replace(self._request(tokens, GREEDY, generate=False), pool="logits")
+        return np.concatenate(self._run([request], [tokens])[0].sequences[0].rows)
+
     # ---- branches
 
     def prefill(self, prompt: Prompt) -> Branch:
@@ -139,6 +155,12 @@ class LLM:
             branch.sequence = None
 
     # ---- the rest
+
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> str:
+        """Queue a request for whoever drives `engine.step` himself; its id."""
+        request = self._request(prompt, params or self.default_params())
+        self._add(request, prompt)
+        return request.id
 
     def tokens(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; lists of ids pass through."""
@@ -191,13 +213,13 @@ class LLM:
         return [found[r.id] for r in requests]
 
 
-def make_config(options: Mapping[str, Any]) -> EngineConfig:
-    """EngineConfig from keyword options; unknown ones are named."""
+def make_config(base: EngineConfig, options: Mapping[str, Any]) -> EngineConfig:
+    """`base` with keyword options; unknown ones are named."""
     known = {f.name for f in fields(EngineConfig)}
     unknown = sorted(set(options) - known)
     if unknown:
         raise ConfigError([f"option {name!r} is unknown; there are {', '.join(sorted(known))}" for name in unknown])
-    return EngineConfig(**{k: tuple(v) if k == "use" else v for k, v in options.items()})
+    return replace(base, **{k: tuple(v) if k == "use" else v for k, v in options.items()})
 
 
 def params_from(generation: Mapping[str, Any]) -> SamplingParams:

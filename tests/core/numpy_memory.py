@@ -11,15 +11,14 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 
 
 class NumpyMemory:
-    """As `Ops`: empty, move, numpy. `bits` gives bfloat16 as uint16, as a backend without that type does."""
+    """As `Ops`: empty, move, numpy. `far`: what `numpy` gives is a copy, as of a device's memory."""
 
-    def __init__(self, bits: bool = False):
-        self.bits = bits
+    def __init__(self, far: bool = False):
+        self.far = far
         self.n_moves = 0
 
     def empty(self, shape, dtype):
-        pool = np.full(shape, np.nan, DTYPES[dtype])
-        return pool.view(np.uint16) if self.bits and dtype == "bfloat16" else pool
+        return np.full(shape, np.nan, DTYPES[dtype])
 
     def move(self, pool, src, dst):
         assert src.dtype == np.int64
@@ -30,7 +29,7 @@ class NumpyMemory:
         pool[dst // size, :, dst % size] = pool[src // size, :, src % size]
 
     def numpy(self, x):
-        return x
+        return x.copy() if self.far else x
 
 
 def content(cache: KVCache, group: int, layer: int, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

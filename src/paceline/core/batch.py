@@ -44,7 +44,8 @@ class Batch:
     groups:    every KV group's tables and pools
     of_layer:  for each layer the indices into `groups` that hold its KV heads
     mask:      uint64 (n_rows,) or None. When given, a row attends to all indices below `tail[s]`, and to index tail[s] + j
-               exactly when bit j is set (draft trees: ancestors and itself). None: causal.
+               exactly when bit j is set (draft trees: ancestors and itself), in this order: the row computes what it would if
+               its visible entries lay side by side. A window counts the visible entries, the row's own last. None: causal.
     tail:      int32 (n_seqs,) or None, given together with mask
     """
 

@@ -15,7 +15,7 @@ from paceline.core.sequence import Sequence
 def wanted_rows(share: Share) -> range:
     """Rows of the share (counted from its first) whose logits somebody reads."""
     seq, n_real = share.seq, share.n - share.n_draft
-    if seq.params.prompt_logprobs is not None and seq.n_computed < seq.n_prompt:
+    if seq.request.pool == "logits" or (seq.params.prompt_logprobs is not None and seq.n_computed < seq.n_prompt):
         return range(share.n)
     if seq.n_computed + n_real < len(seq.tokens) or not seq.request.generate:
         return range(0)

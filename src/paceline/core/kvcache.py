@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import ml_dtypes
 import numpy as np
 
 from paceline.core.errors import ConfigError
@@ -33,7 +32,7 @@ class Memory(Protocol):
         """Copy entries src -> dst (int64 slots), all heads, as if all were read before any is written."""
 
     def numpy(self, x: Any) -> np.ndarray:
-        """A pool as a NumPy array; where the memory is the host's, a view that writes through."""
+        """A pool as a NumPy array (ml_dtypes.bfloat16 included); where its memory is the host's, a view."""
 
 
 @dataclass(slots=True, eq=False)
@@ -106,7 +105,6 @@ class KVCache:
 
     k[g][i], v[g][i]: pool of the i-th layer of group g, a backend array (n_pages, heads, page_size, dim) of `dtype`
     positions[g]:     int32 (n_pages, page_size) place in the text of every entry
-    of_layer:         for each layer the indices into `groups` that hold its heads
     evict:            set by a prefix index: frees n of the pages of a group that only it holds, and returns n
 
     Raises ConfigError for an unknown dtype or a number of pages below 1.
@@ -119,7 +117,6 @@ class KVCache:
         if len(counts) != len(groups) or min(counts, default=1) < 1:
             raise ConfigError(f"n_pages = {n_pages!r}: must be at least 1, for each of the {len(groups)} KV groups")
         self.groups = list(groups)
-        self.of_layer = of_layer(groups)
         self.dtype = dtype
         self.memory = memory
         self.pools = [PagePool(n) for n in counts]
@@ -295,7 +292,9 @@ class KVCache:
         page, offset = np.divmod(self._slots(kv, group, index), size)
         for i in range(len(self.groups[group].layers)):
             for pool, values in ((self.k[group][i], k[i]), (self.v[group][i], v[i])):
-                self._host(pool)[page, :, offset] = values
+                host = self.memory.numpy(pool)
+                assert np.may_share_memory(host, self.memory.numpy(pool)), "these pools cannot be written from the host"
+                host[page, :, offset] = values
         kv.pure = min(kv.pure, int(index[0]))
         return True
 
@@ -322,8 +321,8 @@ class KVCache:
         slots = self._slots(kv, group, index)
         page, offset = np.divmod(slots, size)
         out = [
-            self._host(self.k[group][i])[page, :, offset].astype(np.float32, copy=False),
-            self._host(self.v[group][i])[page, :, offset].astype(np.float32, copy=False),
+            self.memory.numpy(self.k[group][i])[page, :, offset].astype(np.float32, copy=False),
+            self.memory.numpy(self.v[group][i])[page, :, offset].astype(np.float32, copy=False),
             self._flat[group][slots],
         ]
         for a in out:
@@ -407,10 +406,6 @@ class KVCache:
             self._flat[group][dst] = self._flat[group][src]
             for pool in (*self.k[group], *self.v[group]):
                 self.memory.move(pool, src, dst)
-
-    def _host(self, pool: Any) -> np.ndarray:
-        a = self.memory.numpy(pool)
-        return a.view(ml_dtypes.bfloat16) if self.dtype == "bfloat16" and a.dtype == np.uint16 else a
 
 
 def _n_in_place(index: np.ndarray) -> int:

@@ -75,7 +75,7 @@ class Runner:
         x = program.embed(bound)
         for layer in program.layers:
             x = layer(x, bound)
-        if any(s.seq.request.pool for s in shares):
+        if any(s.seq.request.pool in ("mean", "last") for s in shares):
             self._pool(shares, batch.cu_rows, self.ops.numpy(program.norm(x, bound)))
         logits = np.empty((0, 0), np.float32)
         if len(batch.want):
@@ -110,6 +110,8 @@ class Runner:
             at += n_want
             if seq.params.prompt_logprobs is not None and seq.n_computed < seq.n_prompt:
                 self._prompt_logprobs(share, rows)
+            if seq.request.pool == "logits":
+                seq.rows.append(rows.copy())
             if share.n_draft:
                 touched.append(self._settle_draft(share, rows[-1 - share.n_draft :]))
                 continue

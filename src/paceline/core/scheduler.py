@@ -191,7 +191,7 @@ class Scheduler:
 
     def _reserve(self, seq: Sequence, rows: int) -> Share | None:
         n_real = len(seq.tokens) - seq.n_computed
-        if seq.params.prompt_logprobs is not None:
+        if seq.params.prompt_logprobs is not None or seq.request.pool == "logits":
             rows = min(rows, self.limits.max_wanted)
         n = min(n_real, rows)
         n_draft = 0

@@ -69,6 +69,7 @@ class Sequence:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] | None = None
     pooled: np.ndarray | None = None  # float64 running sum (mean) or last hidden state (last)
+    rows: list[np.ndarray] = field(default_factory=list)  # collected logits, (n, n_vocab) each
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
@@ -96,3 +97,5 @@ class Sequence:
         self.n_computed = 0
         self.n_preempted += 1
         self.states.clear()
+        self.pooled = None
+        self.rows.clear()

@@ -104,7 +104,7 @@ class Request:
     tokens: tuple[int, ...]
     params: SamplingParams
     generate: bool = True  # False: only compute (scoring, embedding)
-    pool: Literal["mean", "last"] | None = None  # collect final hidden states
+    pool: Literal["mean", "last", "logits"] | None = None  # collect final hidden states, or all logits
     park: bool = False  # keep the state when done, to be forked or continued
     priority: int = 0
     salt: str = ""  # prefixes are shared only between requests of equal salt

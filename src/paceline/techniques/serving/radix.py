@@ -1,10 +1,10 @@
 """Radix prefix index: requests that begin alike share the pages of what they have in common.
 
-A trie over whole pages of tokens with path compression: an edge carries the tokens of one or more pages and the page ids
-of every KV group. A request starts from the longest prefix found, so its cost falls from n to n - matched rows, and equal
-prefixes lie in memory once. The index is a holder like a sequence; pages that it alone holds are given back, least
-recently used tail first, when the cache runs out. Idea: RadixAttention in SGLang, arXiv:2312.07104, section 3. Cost: a
-dictionary look-up and a comparison of the real tokens per edge; no hash is trusted.
+A trie over whole pages of tokens with path compression: an edge carries the tokens of one or more pages and the page
+ids of every KV group. A request starts from the longest prefix found, so its cost falls from n to n - matched rows, and
+equal prefixes lie in memory once. The index is a holder like a sequence; pages that it alone holds are given back,
+least recently used tail first, when the cache runs out. Idea: RadixAttention in SGLang, arXiv:2312.07104, section 3.
+Cost: a dictionary look-up and a comparison of the real tokens per edge; no hash is trusted.
 """
 
 from __future__ import annotations

@@ -1,0 +1,71 @@
+"""Checkpoints of random weights in real shapes: speed and memory can be measured without the model's files."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from paceline import models
+from paceline.checkpoints.base import TensorInfo
+from paceline.core.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_SHAPES = Path(__file__).parent / "shapes"
+
+
+def shapes() -> list[str]:
+    """The names of the shapes that come with the package."""
+    return sorted(p.stem for p in _SHAPES.glob("*.toml"))
+
+
+def shape_config(shape: str) -> dict[str, Any]:
+    """config.json of a named shape, or of a config.json file. Raises ConfigError."""
+    if shape in shapes():
+        return tomllib.loads((_SHAPES / f"{shape}.toml").read_text(encoding="utf-8"))
+    path = Path(shape)
+    if path.is_file():
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as e:
+            raise ConfigError(f"shape = {shape!r}: not a config.json: {e}") from None
+    raise ConfigError(f"shape = {shape!r}: must be a config.json file or one of {', '.join(shapes())}")
+
+
+class RandomCheckpoint:
+    """A `Checkpoint` of normal weights (standard deviation 0.02, as initialised), bfloat16, repeatable from its seed."""
+
+    def __init__(self, shape: str, seed: int = 0):
+        self.path = Path(shape)
+        self.config = shape_config(shape)
+        self.generation: dict[str, Any] = {}
+        self.notes = ["random weights: good for speed, not for text"]
+        self._params = models.get(str(self.config["model_type"])).Net.params(models.read(self.config))
+        rng = np.random.default_rng(seed)
+        self._noise = (0.02 * rng.standard_normal(1 << 20, np.float32)).astype(ml_dtypes.bfloat16)
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        found = {}
+        for p in self._params.values():
+            for source, rows in zip(p.sources, p.rows_of(), strict=True):
+                shape = (rows, *p.shape[1:])
+                found[source] = TensorInfo(shape[::-1] if p.transpose else shape, "bf16", 2 * math.prod(shape))
+        return found
+
+    def read(self, name: str) -> np.ndarray:
+        shape = self.tensors()[name].shape
+        if len(shape) == 1:
+            return np.ones(shape, np.float32)
+        return np.resize(self._noise, shape)
+
+    def close(self) -> None:
+        pass

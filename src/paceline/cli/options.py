@@ -1,0 +1,75 @@
+"""The options that every command which runs a model shares, declared once from `EngineConfig`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from paceline.core.config import EngineConfig
+from paceline.core.errors import ConfigError
+from paceline.core.recipe import Recipe
+
+# field: (type, flags, help). Flag beats environment variable (PACELINE_<FIELD>) beats default.
+ENGINE: dict[str, tuple[Any, tuple[str, ...], str]] = {
+    "dtype": (str, ("--dtype",), "Unquantised weights: auto (as stored), float32, float16, bfloat16."),
+    "format": (str, ("--format", "-f"), "Matrices: auto, int8, int4, int4:group=64,mins, bf16, ... (see `list formats`)."),
+    "kv_dtype": (str, ("--kv-dtype",), "KV cache: auto, float32, float16, bfloat16."),
+    "context": (int | None, ("--context", "-c"), "Longest sequence in tokens; default: the model's, as far as memory allows."),
+    "kv_memory": (str | None, ("--kv-memory",), "Memory of the KV cache, such as 2GiB; default: as needed, at most half of what is free."),
+    "max_rows": (int, ("--max-rows",), "Tokens computed in one step, over all sequences."),
+    "max_seqs": (int, ("--max-seqs",), "Sequences running at once."),
+    "chunk": (int | None, ("--chunk",), "Most tokens of one prompt in one step; default: max-rows."),
+    "threads": (int | None, ("--threads", "-t"), "Threads; default: usable cores."),
+    "backend": (str, ("--backend",), "auto, native, reference (NumPy, slow), torch (GPU)."),
+    "isa": (str | None, ("--isa",), "Instruction set of the native core; default: the best that works (see `doctor`)."),
+    "use": (list[str], ("--use", "-u"), "A technique, as area/name:key=value,...; no:area/name switches a default off. Repeatable."),
+    "offline": (bool | None, ("--offline/--online",), "Never contact the hub (also HF_HUB_OFFLINE=1)."),
+    "chat_template": (str | None, ("--chat-template",), "A Jinja file, or chatml, llama3, plain."),
+}
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(k|m|g|t)?(i?b)?", re.IGNORECASE)
+
+
+def size(text: str | None, name: str) -> int | None:
+    """'2GiB', '512m' or plain bytes. Raises ConfigError."""
+    if text is None:
+        return None
+    m = _SIZE.fullmatch(text.strip())
+    if m is None:
+        raise ConfigError(f"{name} = {text!r}: must be a size such as 2GiB or 512MiB")
+    return int(float(m[1]) * 1024 ** (" kmgt".index((m[2] or " ").lower())))
+
+
+def engine_options(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command --model and all engine options; it receives `model: str | None` and `config: EngineConfig`."""
+    defaults = EngineConfig()
+    own = [p for p in inspect.signature(fn).parameters.values() if p.name not in ("model", "config")]
+    model = typer.Option(None, "--model", "-m", envvar="PACELINE_MODEL", help="Folder, .gguf file, hub name, or an embedded model; default: lab-8m.")
+    shared = [inspect.Parameter("model", inspect.Parameter.KEYWORD_ONLY, default=model, annotation=str | None)]
+    for name, (kind, flags, text) in ENGINE.items():
+        value = list(defaults.use) if name == "use" else getattr(defaults, name)
+        option = typer.Option(value, *flags, envvar=f"PACELINE_{name.upper()}", help=text, rich_help_panel="Engine")
+        shared.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind))
+    recipe = typer.Option(None, "--recipe", envvar="PACELINE_RECIPE", help="A recipe file (TOML) of techniques.", rich_help_panel="Engine")
+    shared.append(inspect.Parameter("recipe", inspect.Parameter.KEYWORD_ONLY, default=recipe, annotation=Path | None))
+
+    @functools.wraps(fn)
+    def command(**kwargs: Any) -> Any:
+        values = {name: kwargs.pop(name) for name in ENGINE}
+        path = kwargs.pop("recipe")
+        use = (*(Recipe.read(path).use if path else ()), *values.pop("use"))
+        values["kv_memory"] = size(values["kv_memory"], "kv_memory")
+        return fn(model=kwargs.pop("model"), config=EngineConfig(**values, use=use), **kwargs)
+
+    keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    command.__signature__ = inspect.Signature([*keyword, *shared])  # type: ignore[attr-defined]
+    return command
+
+
+JSON = typer.Option(False, "--json", help="Print one JSON object on stdout and nothing else there.")

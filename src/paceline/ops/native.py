@@ -1,0 +1,265 @@
+"""Ops on the native CPU core: eager calls run a one-instruction program, `compile` traces a whole function into one.
+
+Activations outside programs are native buffers (np.asarray(x) is a view of one); NumPy float32 matrices are taken as well.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from paceline import _native
+from paceline.core.batch import Batch, GroupBatch
+from paceline.core.errors import ConfigError
+from paceline.core.specs import AttnSpec
+from paceline.ops import Array, Experts, Rope
+from paceline.ops.packed import LANES, Packed
+from paceline.ops.record import Recorder, Reg
+
+ISA_VARIABLE = "PACELINE_ISA"
+POOL_DTYPES = ("float32", "float16", "bfloat16")
+_EAGER_PROGRAMS = 512  # one-instruction programs kept; they hold their weights
+_FLOATS = {"f32": ("float32", 1), "f16": ("float16", 32), "bf16": ("bfloat16", 32)}  # dtype, what K is padded to
+_GROUPS = {"int8": (0, 32, 64, 128), "int4": (32, 64, 128)}
+
+
+def choose_isa(isa: str | None = None) -> str:
+    """The instruction set to run on: `isa`, else $PACELINE_ISA, else the best one here.
+
+    Raises ConfigError when what was asked for cannot run on this machine.
+    """
+    known = dict(_native.instruction_sets())
+    usable = [name for name, problem in known.items() if not problem]
+    field, wanted = ("isa", isa) if isa else (ISA_VARIABLE, os.environ.get(ISA_VARIABLE))
+    if not wanted:
+        return usable[-1]
+    if wanted not in known:
+        raise ConfigError(f"{field} = {wanted!r}: unknown; available here: {', '.join(usable)}")
+    if known[wanted]:
+        raise ConfigError(f"{field} = {wanted!r}: {known[wanted]}; available here: {', '.join(usable)}")
+    return wanted
+
+
+class NativeOps:
+    """The whole Ops protocol on compiled kernels. One instance has its own threads and scratch memory."""
+
+    name = "native"
+
+    def __init__(self, isa: str | None = None, n_threads: int | None = None):
+        if n_threads is not None and not 1 <= n_threads <= 1024:
+            raise ConfigError(f"n_threads = {n_threads}: must be from 1 to 1024")
+        self.isa = choose_isa(isa)
+        self.device = _native.Device(self.isa, n_threads or _native.usable_threads())
+        self.n_threads: int = self.device.n_threads
+        self._eager: dict[tuple[Any, ...], tuple[_native.Program, tuple[Any, ...]]] = {}
+        self._pools: dict[int, tuple[list[Any], _native.Pools]] = {}
+        self._layers: tuple[Any, np.ndarray, np.ndarray] | None = None
+
+    # ---- weights and memory ----
+
+    def why_not(self, w: Packed) -> str | None:
+        """Why the kernels cannot take `w`, or None."""
+        return why_not(w)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """An uninitialised, aligned array (huge pages when large)."""
+        array = np.asarray(_native.Buffer(list(shape), dtype))
+        return array.view(_bfloat16()) if dtype == "bfloat16" else array
+
+    def move(self, pool: np.ndarray, src: np.ndarray, dst: np.ndarray) -> None:
+        self.device.move(_raw(pool), np.ascontiguousarray(src, np.int64), np.ascontiguousarray(dst, np.int64))
+
+    # ---- one step ----
+
+    def begin(self, batch: Batch) -> _native.Step:
+        groups = [(self._pools_of(g), g.slots, g.tables, g.lens) for g in batch.groups]
+        cu_layer, layer_at = self._layer_map(batch)
+        return _native.Step(batch.tokens, batch.positions, batch.cu_rows, batch.want, groups, cu_layer, layer_at, batch.mask, batch.tail)
+
+    def _pools_of(self, g: GroupBatch) -> _native.Pools:
+        """Bound once per group, and again when its arrays are other ones."""
+        arrays = [*g.k, *g.v]
+        known = self._pools.get(g.group.id)
+        if known and len(known[0]) == len(arrays) and all(a is b for a, b in zip(known[0], arrays, strict=True)):
+            return known[1]
+        dtype = str(g.k[0].dtype)
+        if dtype not in POOL_DTYPES:
+            raise ConfigError(f"kv dtype = {dtype}: the native kernels take {', '.join(POOL_DTYPES)}")
+        pools = _native.Pools([_raw(a) for a in g.k], [_raw(a) for a in g.v], list(g.group.heads), dtype)
+        self._pools[g.group.id] = (arrays, pools)
+        return pools
+
+    def _layer_map(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Where each layer's KV lives: (group, place within the group's layers), flat with offsets."""
+        if self._layers is None or self._layers[0] is not batch.of_layer:
+            at = [[(g, batch.groups[g].group.layers.index(layer)) for g in gs] for layer, gs in enumerate(batch.of_layer)]
+            cu = np.cumsum([0, *map(len, at)]).astype(np.int32)
+            flat = np.array([pair for pairs in at for pair in pairs], np.int32).reshape(-1, 2)
+            self._layers = (batch.of_layer, cu, flat)
+        return self._layers[1], self._layers[2]
+
+    def compile(self, fn: Callable[..., Any], n_in: tuple[int, ...]) -> Callable[..., Any]:
+        """Trace `fn(*arrays, batch)` into one native program. ConfigError for what the kernels cannot do."""
+        recorder = Recorder()
+        result = fn(*[recorder.input(n) for n in n_in], recorder)
+        results = [result] if isinstance(result, Reg) else list(result)
+        run = recorder.finish(self.device, results).run
+        return lambda *args: run(args[-1], *args[:-1])
+
+    def numpy(self, x: Array) -> np.ndarray:
+        return np.asarray(x)
+
+    # ---- activations ----
+
+    def _apply(self, op: str, ins: tuple[Array, ...], cols: int, args: tuple[Any, ...] = (), batch: Any = None, wanted: bool | None = None) -> Array:
+        """Record the op when tracing; otherwise run it as a program of its own."""
+        recorder = batch if isinstance(batch, Recorder) else next((x.recorder for x in ins if isinstance(x, Reg)), None)
+        if recorder is not None:
+            return recorder.call(op, ins, cols, _lower(args), wanted)
+        key = (op, cols, *(x.shape[1] for x in ins), *(a if isinstance(a, int | float | str | None) else id(a) for a in args))
+        known = self._eager.get(key)
+        if known is None:
+            if len(self._eager) >= _EAGER_PROGRAMS:
+                self._eager.clear()
+            recorder = Recorder()
+            inputs = [recorder.input(x.shape[1]) for x in ins]
+            out = recorder.call(op, inputs, cols, _lower(args), wanted)
+            known = self._eager[key] = (recorder.finish(self.device, [out]), args)  # args live on, so their ids stay theirs
+        return known[0].run(batch, *[_matrix(x) for x in ins])
+
+    def embed(self, batch: Any, table: Packed, *, by: str = "tokens") -> Array:
+        assert by in ("tokens", "positions")
+        return self._apply("embed", (), table.shape[1], (table, by == "positions"), batch)
+
+    def linear(self, x: Array, w: Packed, bias: np.ndarray | None = None) -> Array:
+        return self._apply("linear", (x,), w.shape[0], (w, bias))
+
+    def rms_norm(self, x: Array, weight: np.ndarray, eps: float, *, offset: float = 0.0) -> Array:
+        return self._apply("rms_norm", (x,), x.shape[1], (weight, float(eps), float(offset)))
+
+    def layer_norm(self, x: Array, weight: np.ndarray, bias: np.ndarray | None, eps: float) -> Array:
+        return self._apply("layer_norm", (x,), x.shape[1], (weight, bias, float(eps)))
+
+    def rope(self, x: Array, batch: Any, rope: Rope, head_dim: int) -> Array:
+        return self._apply("rope", (x,), x.shape[1], (rope.cos, rope.sin, rope.dim, head_dim, rope.interleaved), batch)
+
+    def attention(self, q: Array, k: Array, v: Array, batch: Any, layer: int, spec: AttnSpec) -> Array:
+        args = (layer, spec.n_heads, spec.n_kv_heads, spec.dim, float(spec.scale), spec.window or 0, float(spec.softcap or 0.0))
+        return self._apply("attention", (q, k, v), q.shape[1], args, batch)
+
+    def act(self, x: Array, kind: str) -> Array:
+        return self._apply("act", (x,), x.shape[1], (kind,))
+
+    def gated(self, x: Array, kind: str) -> Array:
+        return self._apply("gated", (x,), x.shape[1] // 2, (kind,))
+
+    def add(self, x: Array, y: Array) -> Array:
+        return self._apply("add", (x, y), x.shape[1])
+
+    def scale(self, x: Array, s: float) -> Array:
+        return self._apply("scale", (x,), x.shape[1], (float(s),))
+
+    def softcap(self, x: Array, cap: float) -> Array:
+        return self._apply("softcap", (x,), x.shape[1], (float(cap),))
+
+    def split(self, x: Array, sizes: Sequence[int]) -> Sequence[Array]:
+        ends = np.cumsum(sizes).tolist()
+        assert ends[-1] == x.shape[1], f"split: sizes {list(sizes)} of {x.shape[1]} columns"
+        if isinstance(x, Reg):
+            return [x.columns(end - n, n) for n, end in zip(sizes, ends, strict=True)]
+        return np.split(np.asarray(x), ends[:-1], axis=1)
+
+    def moe(self, x: Array, router: Array, experts: Experts) -> Array:
+        args = (experts.gate_up, experts.down, experts.n_active, experts.kind, experts.normalise)
+        return self._apply("moe", (x, router), x.shape[1], args)
+
+    def wanted(self, x: Array, batch: Any) -> Array:
+        return self._apply("wanted", (x,), x.shape[1], (), batch, wanted=True)
+
+    # ---- choosing tokens ----
+
+    def sample(self, logits: np.ndarray, temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray,
+               min_p: np.ndarray, u: np.ndarray) -> np.ndarray:  # fmt: skip
+        f32 = np.float32
+        return self.device.sample(
+            np.ascontiguousarray(logits, f32), np.ascontiguousarray(temperature, f32), np.ascontiguousarray(top_k, np.int32),
+            np.ascontiguousarray(top_p, f32), np.ascontiguousarray(min_p, f32), np.ascontiguousarray(u, np.float64),
+        )  # fmt: skip
+
+    def logprobs(self, logits: np.ndarray, ids: np.ndarray, n_top: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.device.logprobs(np.ascontiguousarray(logits, np.float32), np.ascontiguousarray(ids, np.int64), n_top)
+
+
+# ---- what crosses the border ----
+
+
+def why_not(w: Packed) -> str | None:
+    """Why the kernels cannot take `w` (see ops/packed.py for what they expect), or None."""
+    if w.format in _FLOATS:
+        dtype, pad = _FLOATS[w.format]
+        if w.group or w.scales is not None or w.mins is not None:
+            return f"format {w.format}: takes neither group, scales nor mins"
+    elif w.format in _GROUPS:
+        dtype, pad = ("int8" if w.format == "int8" else "uint8"), max(64, w.group)
+        if w.group not in _GROUPS[w.format]:
+            return f"format {w.format}: group = {w.group}, kernels exist for {', '.join(map(str, _GROUPS[w.format]))}"
+        if w.mins is not None and w.format == "int8":
+            return "format int8: has no mins"
+    else:
+        return f"format = {w.format!r}: kernels exist for {', '.join([*_FLOATS, *_GROUPS])}"
+    if min(w.shape) < 1:
+        return f"shape = {w.shape}: empty"
+    n_blocks = -(-w.shape[0] // LANES)
+    k = w.shape[1] if w.format == "f32" else -(-w.shape[1] // pad) * pad
+    size = n_blocks * LANES * k // (2 if w.format == "int4" else 1)
+    if w.data.size != size or str(w.data.dtype) not in (dtype, "uint16" if dtype.endswith("16") else dtype):
+        return f"data: {w.data.size} {w.data.dtype}, needs {size} {dtype}"
+    n_scales = n_blocks * LANES * (k // w.group if w.group else 1)
+    for name, a, needed in (("scales", w.scales, w.format in _GROUPS), ("mins", w.mins, False)):
+        wanted = "float16" if w.group else "float32"
+        if (a is None and needed) or (a is not None and (a.size != n_scales or str(a.dtype) != wanted)):
+            return f"{name}: {'none' if a is None else f'{a.size} {a.dtype}'}, needs {n_scales} {wanted}"
+    if not all(a.flags.c_contiguous for a in (w.data, w.scales, w.mins) if a is not None):
+        return "data, scales and mins must be contiguous"
+    return None
+
+
+def bind_weight(w: Packed) -> _native.Weight:
+    """The native view of `w`. ConfigError where the kernels cannot take it."""
+    problem = why_not(w)
+    if problem:
+        raise ConfigError(f"native weight of shape {w.shape}: {problem}")
+    scales, mins = (None if a is None else _raw(a) for a in (w.scales, w.mins))
+    return _native.Weight(w.format, *w.shape, w.group, _raw(w.data), scales, mins)
+
+
+def _lower(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(_lower_one(a) for a in args)
+
+
+def _lower_one(a: Any) -> Any:
+    if isinstance(a, Packed):
+        return bind_weight(a)
+    if isinstance(a, list | tuple):
+        return [bind_weight(w) for w in a]
+    if isinstance(a, np.ndarray):
+        return np.ascontiguousarray(a, np.float32)
+    return a
+
+
+def _matrix(x: Array) -> Array:
+    return np.ascontiguousarray(x, np.float32) if isinstance(x, np.ndarray) else x
+
+
+def _raw(a: np.ndarray) -> np.ndarray:
+    """16-bit floats as uint16, which is how they cross into C++."""
+    return a.view(np.uint16) if a.dtype.itemsize == 2 else a
+
+
+def _bfloat16() -> Any:
+    import ml_dtypes
+
+    return ml_dtypes.bfloat16
