@@ -216,8 +216,8 @@ def end_tokens(seen: Inspected) -> frozenset[int]:
     if isinstance(from_file, int):
         from_file = [from_file]
     ids = set(from_file or seen.config.eos)
-    if seen.tokenizer is not None and seen.tokenizer.eos is not None:
-        ids.add(seen.tokenizer.eos)
+    if seen.tokenizer is not None:
+        ids |= seen.tokenizer.ends
     bad = [t for t in ids if not isinstance(t, int) or not 0 <= t < seen.config.n_vocab]
     if bad:
         raise CheckpointError(

@@ -17,7 +17,7 @@ import numpy as np
 
 from paceline.assemble import Assembled, Progress, assemble
 from paceline.checkpoints.base import Checkpoint
-from paceline.checkpoints.templates import ChatTemplate
+from paceline.checkpoints import templates
 from paceline.core.config import EngineConfig, Plan
 from paceline.core.errors import ConfigError, PacelineError, RequestError
 from paceline.core.sequence import Sequence as TokenSequence
@@ -95,14 +95,15 @@ class LLM:
 
     def chat_prompt(self, messages: Sequence[Message], **template: Any) -> list[int]:
         """Token ids of a conversation under the model's chat template."""
-        if self.tokenizer is None:
-            raise RequestError("messages: this model has no tokenizer; give token ids to generate()")
         text = self.chat_template().render(messages, **template)
+        assert self.tokenizer is not None
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def chat_template(self) -> ChatTemplate:
-        assert self.tokenizer is not None
-        return ChatTemplate.of(self.tokenizer, self.config.chat_template)
+    def chat_template(self) -> templates.ChatTemplate:
+        """The model's template, or the one asked for. Raises TemplateError when there is none."""
+        if self.tokenizer is None:
+            raise RequestError("messages: this model has no tokenizer; give token ids to generate()")
+        return templates.chat_template(self.tokenizer, self.config.chat_template)
 
     # ---- numbers
 

@@ -151,7 +151,7 @@ def register(app: typer.Typer) -> None:
                 show.print_json(describe(output, llm.plan.model.name, params))
             else:
                 output = _stream(llm, tokens, params)
-                show.err.print(f"[dim]{summary(output)}[/dim]", highlight=False)
+                show.err.print(f"[dim]{summary(output)}[/dim]", highlight=False, soft_wrap=True)
             if output.error:
                 raise RequestError(output.error)
 
@@ -169,6 +169,7 @@ def _stream(llm: Any, tokens: Any, params: SamplingParams) -> Output:
             sys.stdout.write(next(pieces).text)
         except StopIteration as end:
             sys.stdout.write("\n")
+            sys.stdout.flush()
             whole: Output = end.value
             return whole
         sys.stdout.flush()

@@ -8,7 +8,9 @@ alone, whatever the batch:
     f16, bf16  data (NB, K/2,  16, 2)     float16 / bfloat16, K padded to a multiple of 32
     int8       data (NB, K/4,  16, 4)     int8, K padded to a multiple of 64 (and of the group)
     int4       data (NB, K/64, 8, 16, 4)  uint8: in each block of 64 k's, byte (r, n, j) holds code k = 4r+j in its low and
-                                          code k = 32+4r+j in its high nibble
+                                          code k = 32+4r+j in its high nibble; K padded as for int8
+
+All padding (outputs, k's and whole groups of them) is zero bytes in every array.
 
 Quantised values: int8 is `scale * q`, q in [-127, 127]; int4 is `scale * (q - 8)` without mins and `scale * q + min` with,
 q in [0, 15]. Scales (and mins) are float16 (NB, G, 16) with one group per `group` k's; per channel (group 0, int8 only)

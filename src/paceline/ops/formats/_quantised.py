@@ -1,8 +1,8 @@
 """Formats of integer codes with scales: int8, int4. Rounding to nearest, in float32 throughout.
 
 A native quantiser must give the same bits, so the arithmetic of each format's `quantise` is normative: divisions are
-true float32 divisions by the *stored* scale (a zero scale divides as infinity, so that the quotient is zero), rounding is
-half to even.
+true float32 divisions by the *stored* scale (a zero scale divides as infinity: the quotient is zero), rounding is half
+to even.
 """
 
 from __future__ import annotations
@@ -132,13 +132,13 @@ class Quantised:
         for lo, block in base.chunks(w):
             if n_groups * size > n_in:  # complete the last group with one of its own elements: its statistics stay
                 block = np.pad(block, ((0, 0), (0, n_groups * size - n_in)), mode="edge")
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):  # an infinite scale is reported below
                 q, scales, minima = self.quantise(block.reshape(len(block), n_groups, size), mins, _scale_dtype(group))
             for a in (scales, minima):
                 if a is not None and not np.isfinite(a).all():
                     raise CheckpointError(
-                        f"{self.name}: weights up to {np.abs(block).max():g} need scales beyond float16's largest, "
-                        "65504; use bf16 or f32"
+                        f"{self.name}: weights up to {np.abs(block).max():g} need scales or mins beyond float16's "
+                        "largest, 65504; use bf16 or f32"
                     )
             yield lo, Codes(self.width, q.reshape(len(block), -1)[:, :n_in], scales, minima, group)
 

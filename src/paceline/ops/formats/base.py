@@ -53,7 +53,7 @@ class Format(Protocol):
         """Pack float32, float16 or bfloat16 weights (n_out, n_in), or codes.
 
         Codes of this format's width are kept exactly when `group` is None or theirs (whether they have mins is theirs
-        too); others are dequantised and stored anew. Raises CheckpointError for NaN, infinite or unrepresentable values.
+        too); others are dequantised and stored anew. Raises CheckpointError for NaN, infinity and values out of range.
         """
 
     def unpack(self, p: Packed) -> np.ndarray:
@@ -63,7 +63,7 @@ class Format(Protocol):
         """float32 (len(ids), n_in): some rows of `unpack`, reading no others."""
 
     def codes(self, p: Packed) -> Codes:
-        """The codes of a quantised matrix (per output: scales float32 (n_out, 1)). Raises CheckpointError for floats."""
+        """The codes of a quantised matrix (group 0: scales float32 (n_out, 1)). Raises CheckpointError for floats."""
 
 
 def ceil_div(a: int, b: int) -> int:

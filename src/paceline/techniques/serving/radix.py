@@ -4,7 +4,10 @@ A trie over whole pages of tokens with path compression: an edge carries the tok
 ids of every KV group. A request starts from the longest prefix found, so its cost falls from n to n - matched rows, and
 equal prefixes lie in memory once. The index is a holder like a sequence; pages that it alone holds are given back,
 least recently used tail first, when the cache runs out. Idea: RadixAttention in SGLang, arXiv:2312.07104, section 3.
-Cost: a dictionary look-up and a comparison of the real tokens per edge; no hash is trusted.
+Cost: a dictionary look-up and a comparison of the real tokens per edge; no hash is trusted. The paper gives up to 6.4
+times the throughput for its system as a whole, on workloads that share prefixes. Measured here
+(`python benchmarks/kvcache_cost.py`): 58 us to find and 55 us to add a prompt of about 2,000 tokens with pages of 16,
+3 us to give a page back.
 """
 
 from __future__ import annotations

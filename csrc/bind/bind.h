@@ -1,0 +1,58 @@
+// What the binding files share. Only this folder sees Python.
+#pragma once
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "program.h"
+
+namespace nb = nanobind;
+
+namespace paceline {
+
+template <class T, int N> using In = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+template <class T, int N> using InOut = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+using AnyIn = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+using Any = nb::ndarray<nb::c_contig, nb::device::cpu>;
+
+// An aligned array that Python sees through the buffer protocol (bf16 as uint16) and DLPack.
+struct Buffer {
+  Buffer(std::vector<int64_t> shape, Dtype dtype);
+  ~Buffer() { block_free(data); }
+  Buffer(const Buffer&) = delete;
+  std::vector<int64_t> shape;
+  std::vector<Py_ssize_t> shape_py, strides_py;
+  Dtype dtype;
+  size_t nbytes;
+  void* data;
+};
+
+size_t size_of(Dtype);
+Dtype dtype_named(const std::string& name);  // std::invalid_argument
+
+// A step with the owners of its arrays.
+struct BoundStep {
+  Step step{};
+  std::vector<GroupStep> groups;
+  std::vector<std::vector<void*>> pools;
+  std::vector<nb::object> owners;  // one (Pools, slots, tables, lens) per group
+  std::vector<nb::ndarray<>> arrays;
+};
+
+// Packed weights with the owners of their arrays.
+struct BoundWeight {
+  Weight w{};
+  std::vector<AnyIn> owners;
+};
+
+void bind_buffer(nb::module_&);
+void bind_step(nb::module_&);
+void bind_program(nb::module_&);
+void bind_device(nb::module_&);
+
+[[noreturn]] void fail(const std::string& what);  // ValueError
+
+}  // namespace paceline

@@ -1,0 +1,11 @@
+// A thread pool as an object: no process-global state.
+#pragma once
+#include "paceline/kernels.h"
+
+namespace paceline {
+
+// n_threads counts the caller. Workers spin briefly, then sleep. After fork() the child's pool runs on its caller alone.
+Pool* pool_create(int n_threads);
+void pool_destroy(Pool*);
+
+}  // namespace paceline

@@ -1,0 +1,59 @@
+// A traced function as a list of instructions over registers, run by one call.
+//
+// A register is a float32 matrix with the step's rows. Arena registers are planned by ops/record.py: register at `base` floats per row
+// starts at arena + base * n_rows, so one plan serves any number of rows. External registers are the program's inputs and outputs.
+#pragma once
+#include <functional>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "memory.h"
+#include "paceline/kernels.h"
+
+namespace paceline {
+
+// Everything a process needs to run programs: an instruction set, threads, scratch. Calls are serialised by `lock`.
+struct Device {
+  Device(const std::string& isa, int n_threads);  // std::invalid_argument names what is available
+  ~Device();
+  Device(const Device&) = delete;
+
+  float* arena(size_t n_floats);  // grows on demand; contents are lost
+
+  std::string isa;
+  Kernels kernels{};
+  Pool* pool;
+  Workspace ws;
+  std::mutex lock;
+
+ private:
+  float* arena_ = nullptr;
+  size_t arena_size_ = 0;
+};
+
+struct Ref {
+  int32_t slot;  // -1: arena; otherwise the index of an external register
+  bool wanted;   // has the step's wanted rows instead of all
+  int64_t base, stride, col, cols;
+};
+
+struct Frame {
+  float* arena;
+  int64_t n_rows;
+  const Mat* external;
+  Mat mat(const Ref& r) const;
+};
+
+struct Instr {
+  bool wanted;
+  std::function<void(const Ctx&, const Frame&)> run;
+};
+
+struct Program {
+  int64_t width = 0;  // arena floats per row
+  std::vector<Instr> code;
+  void run(Device& device, const Step* step, int64_t n_rows, const Mat* external) const;
+};
+
+}  // namespace paceline

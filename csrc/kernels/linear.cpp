@@ -1,0 +1,45 @@
+// y[M, N] = x[M, K] W^T + bias, W in the tile layout of src/paceline/ops/packed.py.
+//
+// Bytes: the weights once (K N times 4, 2, 2, 1, 1/2 bytes, plus scales: 2 bytes per group and output), x and y: 4 M (K + N).
+// FLOPs: 2 M N K. Weights / FLOPs fix the regime: at M = 1 every format is bound by memory (time = bytes / bandwidth); with B bytes per
+// weight the crossing to arithmetic lies at M = peak * B / (2 * bandwidth), about 200 rows for bf16 and int8 on two AMX cores.
+//
+// Batch-invariant: an output adds up its products in the order of k, on the same instruction whatever M is. bf16 on AMX machines
+// always runs on tiles, since TDPBF16PS adds pairs in another order than VDPBF16PS. The int32 sums of int8 and int4 are exact, so
+// those may switch between tiles and vectors; their float part is `fold`, in the order of the groups, on both.
+#include "linear_amx.h"
+#include "linear_prepare.h"
+#include "linear_vector.h"
+
+namespace paceline {
+namespace PL_ISA {
+namespace {
+
+void run_vector(const Ctx& c, Job& j) {
+  const int64_t work = j.block * max_of<int64_t>(1, j.n_rows / 4);
+  const int64_t strip = round_up(ceil_div(kTaskBytes, work), 4);
+  parallel(c, ceil_div(j.n_blocks, strip), [&](int64_t t, int) { vector_strip(j, t * strip, min_of(j.n_blocks, (t + 1) * strip)); });
+}
+
+void linear(const Ctx& c, const LinearArgs& a) {
+  Job j = {};
+  j.w = a.w, j.out = a.out, j.bias = a.bias;
+  j.n_rows = c.n_rows, j.k = padded_k(a.w), j.block = block_bytes(a.w), j.n_blocks = ceil_div(a.w.n_out, 16);
+  j.n_groups = a.w.group ? j.k / a.w.group : 1;
+  const bool codes = !is_float(a.w.format), tiled = codes || (PL_VNNI && a.w.format == Format::bf16);
+#if PL_AMX
+  if (tiled && !(codes && j.n_rows <= kVnniRows)) {
+    j.a = prepare(c, a, j.k, j.n_groups, true, min_of<int64_t>(16, j.n_rows));
+    return run_amx(c, j);
+  }
+#endif
+  j.a = prepare(c, a, j.k, j.n_groups, tiled, 1);
+  run_vector(c, j);
+}
+
+}  // namespace
+
+void fill_linear(Kernels& k) { k.linear = linear; }
+
+}  // namespace PL_ISA
+}  // namespace paceline

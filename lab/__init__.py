@@ -1,0 +1,1 @@
+"""Data generators and training of the small models that the package carries."""

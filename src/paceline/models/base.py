@@ -1,0 +1,160 @@
+"""What every model file provides. The file name is the registry key (`model_type` in config.json).
+
+A model file defines `config(raw) -> ModelConfig` and a `Net(Model)` with `params` and `layer`, and `embed`, `norm` or
+`head` where they differ from the usual; nothing else in the project names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+
+from paceline.core.specs import AttnSpec, StateSpec
+from paceline.models import rope
+from paceline.ops import Array, Ops, Rope
+from paceline.ops.packed import Packed
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The hyper-parameters all families share; `extra` holds what only one family knows.
+
+    `context` is what the model was made for (max_position_embeddings); `max_context` is as far as its positions can be
+    stretched.
+    """
+
+    model_type: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int
+    n_vocab: int
+    context: int
+    eps: float
+    tied: bool
+    max_context: int = 0
+    act: str = "silu"
+    eos: tuple[int, ...] = ()
+    bos: int | None = None
+    attn: tuple[AttnSpec, ...] = ()  # one per layer
+    states: tuple[StateSpec, ...] = ()  # one per layer
+    rope: Mapping[str, rope.RopeSpec] = field(default_factory=dict)  # by the names that layers use ("full")
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter of the program and where a Hugging Face checkpoint keeps it.
+
+    `sources` are concatenated along axis 0 (fused QKV, gate|up). kind: "linear" (a matrix in the plan's format),
+    "embed" (a matrix gathered by rows, and the head when tied), "head" (the untied head), "router" and "position"
+    (matrices kept in floating point), "vector" (float32). `transpose`: the checkpoint stores (n_in, n_out).
+    """
+
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+    kind: str = "linear"
+    transpose: bool = False
+    rows: tuple[int, ...] = ()  # of each source; by default equal shares
+
+    def rows_of(self) -> tuple[int, ...]:
+        n = len(self.sources)
+        return self.rows or (self.shape[0] // n,) * n
+
+
+Weights = Mapping[str, Packed | np.ndarray]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model's parts, prepared by the backend: each takes its activations and, last, what `ops.begin` returned.
+
+    embed(batch) and layers[i](x, batch) take all rows of the batch, norm(x, batch) and head(x, batch) any rows.
+    """
+
+    embed: Callable[..., Array]
+    layers: tuple[Callable[..., Array], ...]
+    norm: Callable[..., Array]
+    head: Callable[..., Array]
+
+
+def _of_any_rows(part: Callable[..., Array]) -> Callable[..., Array]:
+    """A part that does not look at the batch gets none, so that its rows may be fewer than the batch's."""
+    return lambda x, batch: part(x, None)
+
+
+class Model:
+    """A program over `Ops` with its weights. Subclasses are one level deep and hold no state between steps.
+
+    `embed`, `layer`, `norm` and `head` say what is computed; `program` holds the same parts compiled.
+    """
+
+    ignored: Sequence[str] = ()  # regular expressions of checkpoint tensors that the program does not use (masks)
+    norm_offset: float = 0.0  # norms multiply by norm_offset + weight
+
+    def __init__(self, config: ModelConfig, ops: Ops, weights: Weights, context: int):
+        self.config, self.ops, self.w, self.context = config, ops, weights, context
+        self.notes: tuple[str, ...] = ()  # what the loader did that the user did not ask for
+        self.ropes: dict[str, Rope] = {name: rope.tables(spec, context) for name, spec in config.rope.items()}
+        d = (config.d_model,)
+        self.program = Program(
+            embed=ops.compile(self.embed, ()),
+            layers=tuple(ops.compile(self._bind(i), d) for i in range(config.n_layers)),
+            norm=_of_any_rows(ops.compile(lambda x, batch: self.norm(x), d)),
+            head=_of_any_rows(ops.compile(lambda x, batch: self.head(x), d)),
+        )
+
+    def _bind(self, i: int) -> Callable[..., Array]:
+        return lambda x, batch: self.layer(i, x, batch)
+
+    def forward(self, batch: Any) -> Array:
+        """Logits (n_want, n_vocab) of one step; `batch` is what `ops.begin` returned."""
+        return self.program.head(self.ops.wanted(self._layers(batch), batch), batch)
+
+    def hidden(self, batch: Any) -> Array:
+        """Hidden states (n_rows, d_model) of every row after the final norm."""
+        return self.program.norm(self._layers(batch), batch)
+
+    def _layers(self, batch: Any) -> Array:
+        x = self.program.embed(batch)
+        for layer in self.program.layers:
+            x = layer(x, batch)
+        return x
+
+    # what a file provides
+    @staticmethod
+    def params(config: ModelConfig) -> dict[str, Param]:
+        raise NotImplementedError
+
+    def layer(self, i: int, x: Array, batch: Any) -> Array:
+        raise NotImplementedError
+
+    # what a file may provide
+    def embed(self, batch: Any) -> Array:
+        return self.ops.embed(batch, self.matrix("embed"))
+
+    def norm(self, x: Array) -> Array:
+        return self.rms("norm", x)
+
+    def head(self, x: Array) -> Array:
+        """Logits of the rows x, the final norm included."""
+        return self.ops.linear(self.norm(x), self.matrix("embed" if self.config.tied else "head"))
+
+    # weights by name
+    def matrix(self, name: str) -> Packed:
+        return cast(Packed, self.w[name])
+
+    def vector(self, name: str) -> np.ndarray:
+        return cast(np.ndarray, self.w[name])
+
+    def linear(self, name: str, x: Array) -> Array:
+        """x W^T, plus the bias `name.bias` where the model has one."""
+        return self.ops.linear(x, self.matrix(name), self.vector(f"{name}.bias") if f"{name}.bias" in self.w else None)
+
+    def rms(self, name: str, x: Array) -> Array:
+        return self.ops.rms_norm(x, self.vector(name), self.config.eps, offset=self.norm_offset)
