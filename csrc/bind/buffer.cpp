@@ -74,7 +74,7 @@ nb::object to_dlpack(nb::handle self, const nb::kwargs&) {
   Buffer* b = nb::inst_ptr<Buffer>(self);
   std::vector<size_t> shape(b->shape.begin(), b->shape.end());
   nb::ndarray<> array(b->data, shape.size(), shape.data(), self, nullptr, dlpack_dtype(b->dtype));
-  return nb::cast(array).attr("__dlpack__")();
+  return nb::cast(array);  // of no framework: a DLPack capsule
 }
 
 }  // namespace

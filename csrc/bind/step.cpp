@@ -73,7 +73,10 @@ void check_rows(const Step& s, int64_t n_positions) {
 }
 
 void add_group(BoundStep* self, const nb::handle& item) {
-  auto [owner, slots, tables, lens] = nb::cast<Group>(item, false);
+  Group group;
+  if (!nb::try_cast(item, group, false) || !nb::isinstance<Pools>(std::get<0>(group)))
+    throw nb::type_error("groups: each is (Pools, slots int64 (n_rows), tables int32 (n_seqs, max_pages), lens int32 (n_seqs)), C-contiguous");
+  const auto& [owner, slots, tables, lens] = group;
   const Pools& p = nb::cast<const Pools&>(owner);
   GroupStep g{slots.data(), tables.data(), lens.data(), static_cast<int64_t>(tables.shape(1)), p.n_pages, p.page_size, p.dim,
               static_cast<int32_t>(p.heads.size()), p.dtype, p.heads.data(), p.k.data(), p.v.data()};

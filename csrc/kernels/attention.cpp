@@ -29,15 +29,33 @@ constexpr int64_t kBlock = 64, kChunk = 1024, kPairs = 64;
 constexpr int64_t kSmall = 1 << 21;  // multiply-adds that are not worth waking threads for
 constexpr float kLog2e = 1.44269504f;
 
+// The block after this one, fetched evenly while this one is worked on: a burst would fill the line buffers and stall. A block has
+// four phases (keys, scores, values out, values in), each touches a quarter of every entry's lines.
+struct Ahead {
+  const char* const* entry;  // key and value rows of kBlock indices
+  int64_t lines, phase;      // cache lines per row
+
+  PL_INLINE void touch(int64_t j) const {
+    if (j >= kBlock) return;
+    for (int64_t l = phase; l < 2 * lines; l += 4)
+      __builtin_prefetch(l < lines ? entry[j] + 64 * l : entry[kBlock + j] + 64 * (l - lines), 0, 1);
+  }
+  void rest(int64_t j) const {
+    for (; j < kBlock; ++j) touch(j);
+  }
+};
+
 // ---- the matrix product of both halves: C (m, 16 nv) = [C +] A (m, n) B (n, 16 nv), adding over n in order ----
 
-template <int MR, int NV> void panel(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t n, bool add) {
+template <int MR, int NV>
+void panel(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t n, bool add, const Ahead* ahead) {
   V s[MR][NV];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) s[i][j] = add ? vload(c + i * ldc + 16 * j) : vzero();
   for (int64_t k = 0; k < n; ++k) {
+    if (ahead) ahead->touch(k);
     V x[NV];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) x[j] = vload(b + k * ldb + 16 * j);
@@ -57,21 +75,23 @@ template <int MR, int NV> void panel(const float* a, int64_t lda, const float* b
 // Registers: MR * NV sums, NV loads and a broadcast.
 constexpr int kRows = PL_AVX512 ? 6 : 4, kCols = PL_AVX512 ? 4 : 1;
 
-template <int NV> void rows_of_panels(const float* a, int64_t lda, int64_t m, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t n, bool add) {
-  for (; m >= kRows; m -= kRows, a += kRows * lda, c += kRows * ldc) panel<kRows, NV>(a, lda, b, ldb, c, ldc, n, add);
+template <int NV>
+void rows_of_panels(const float* a, int64_t lda, int64_t m, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t n, bool add, const Ahead* ahead) {
+  for (; m >= kRows; m -= kRows, a += kRows * lda, c += kRows * ldc, ahead = nullptr) panel<kRows, NV>(a, lda, b, ldb, c, ldc, n, add, ahead);
   switch (m) {
-    case 5: return panel<5, NV>(a, lda, b, ldb, c, ldc, n, add);
-    case 4: return panel<4, NV>(a, lda, b, ldb, c, ldc, n, add);
-    case 3: return panel<3, NV>(a, lda, b, ldb, c, ldc, n, add);
-    case 2: return panel<2, NV>(a, lda, b, ldb, c, ldc, n, add);
-    case 1: return panel<1, NV>(a, lda, b, ldb, c, ldc, n, add);
+    case 5: return panel<5, NV>(a, lda, b, ldb, c, ldc, n, add, ahead);
+    case 4: return panel<4, NV>(a, lda, b, ldb, c, ldc, n, add, ahead);
+    case 3: return panel<3, NV>(a, lda, b, ldb, c, ldc, n, add, ahead);
+    case 2: return panel<2, NV>(a, lda, b, ldb, c, ldc, n, add, ahead);
+    case 1: return panel<1, NV>(a, lda, b, ldb, c, ldc, n, add, ahead);
     default: return;
   }
 }
 
-void product(const float* a, int64_t lda, int64_t m, const float* b, int64_t ldb, int64_t nv, float* c, int64_t ldc, int64_t n, bool add) {
-  for (; nv >= kCols; nv -= kCols, b += 16 * kCols, c += 16 * kCols) rows_of_panels<kCols>(a, lda, m, b, ldb, c, ldc, n, add);
-  for (; nv > 0; --nv, b += 16, c += 16) rows_of_panels<1>(a, lda, m, b, ldb, c, ldc, n, add);
+void product(const float* a, int64_t lda, int64_t m, const float* b, int64_t ldb, int64_t nv, float* c, int64_t ldc, int64_t n, bool add,
+             const Ahead* ahead) {
+  for (; nv >= kCols; nv -= kCols, b += 16 * kCols, c += 16 * kCols, ahead = nullptr) rows_of_panels<kCols>(a, lda, m, b, ldb, c, ldc, n, add, ahead);
+  for (; nv > 0; --nv, b += 16, c += 16, ahead = nullptr) rows_of_panels<1>(a, lda, m, b, ldb, c, ldc, n, add, ahead);
 }
 
 // ---- pools ----
@@ -81,7 +101,7 @@ PL_INLINE size_t width(Dtype t) { return t == Dtype::f32 ? 4 : 2; }
 void store_row(Dtype t, void* to, const float* x, int64_t n) {
   if (t == Dtype::f32) {
     memcpy(to, x, static_cast<size_t>(n) * 4);
-    return;
+    if (j >= kBlock) return;
   }
   auto* p = static_cast<uint16_t*>(to);
   for (int64_t i = 0; i < n; i += 16) {
@@ -270,24 +290,27 @@ struct Entries {
     }
   }
 
-  void prefetch(const int64_t* offset) const {
-    for (int64_t j = 0; j < kBlock; ++j)
-      for (int64_t b = 0; b < row_bytes && offset[j] >= 0; b += 64) {
-        __builtin_prefetch(k + offset[j] + b, 0, 2);
-        __builtin_prefetch(v + offset[j] + b, 0, 2);
-      }
+  // Rows of the offsets, for `Ahead`; where there is no page any address will do.
+  void rows(const int64_t* offset, const char** out) const {
+    for (int64_t j = 0; j < kBlock; ++j) {
+      const int64_t o = max_of<int64_t>(0, offset[j]);
+      out[j] = k + o, out[kBlock + j] = v + o;
+    }
   }
 };
 
-template <Dtype T> void load_block(const Entries& e, const int64_t* offset, uint64_t seen, int64_t dim, int64_t wide, const Scratch& s) {
+template <Dtype T>
+void load_block(const Entries& e, const int64_t* offset, uint64_t seen, int64_t dim, int64_t wide, const Scratch& s, const Ahead* ahead) {
   for (int t = 0; t < 4; ++t) {
     if (!(seen >> 16 * t & 0xffff)) continue;
     const void* key[16];
+    for (int i = 0; i < 16 && ahead; ++i) ahead[0].touch(16 * t + i);
     for (int i = 0; i < 16; ++i) key[i] = offset[16 * t + i] < 0 ? static_cast<const void*>(s.zero) : e.k + offset[16 * t + i];
     transpose_keys<T>(key, dim, s.kt + 16 * t);
   }
   for (uint64_t left = seen; left; left &= left - 1) {
     const int i = __builtin_ctzll(left);
+    if (ahead) ahead[1].touch(i);
     widen<T>(offset[i] < 0 ? static_cast<const void*>(s.zero) : e.v + offset[i], dim, s.v + i * wide);
   }
 }
@@ -348,20 +371,22 @@ void merge(const State& to, const State& from, int64_t pairs, int64_t wide) {
 }
 
 // One block of keys for the unit's rows [r0, r1); bits[r] say what row r sees.
-void block(const Job& j, const Entries& e, const int64_t* offset, const uint64_t* bits, int64_t r0, int64_t r1, const Scratch& s) {
+void block(const Job& j, const Entries& e, const int64_t* offset, const uint64_t* bits, int64_t r0, int64_t r1, const Scratch& s, const Ahead* ahead) {
   uint64_t seen = 0;
   for (int64_t r = r0; r < r1; ++r) seen |= bits[r];
   if (!seen) return;
   const int64_t dim = j.a.dim, wide = j.wide, nq = j.n_query;
   switch (e.dtype) {
-    case Dtype::f32: load_block<Dtype::f32>(e, offset, seen, dim, wide, s); break;
-    case Dtype::f16: load_block<Dtype::f16>(e, offset, seen, dim, wide, s); break;
-    default: load_block<Dtype::bf16>(e, offset, seen, dim, wide, s);
+    case Dtype::f32: load_block<Dtype::f32>(e, offset, seen, dim, wide, s, ahead); break;
+    case Dtype::f16: load_block<Dtype::f16>(e, offset, seen, dim, wide, s, ahead); break;
+    default: load_block<Dtype::bf16>(e, offset, seen, dim, wide, s, ahead);
   }
   while (!bits[r0]) ++r0;
   while (!bits[r1 - 1]) --r1;
   const int t0 = __builtin_ctzll(seen) / 16, t1 = (63 - __builtin_clzll(seen)) / 16 + 1;
-  product(s.q + r0 * nq * dim, dim, (r1 - r0) * nq, s.kt + 16 * t0, kBlock, t1 - t0, s.s + r0 * nq * kBlock + 16 * t0, kBlock, dim, false);
+  product(s.q + r0 * nq * dim, dim, (r1 - r0) * nq, s.kt + 16 * t0, kBlock, t1 - t0, s.s + r0 * nq * kBlock + 16 * t0, kBlock, dim, false,
+          ahead ? ahead + 2 : nullptr);
+  if (ahead) ahead[2].rest(dim);
   const float cap = j.a.softcap * kLog2e;
   for (int64_t r = r0; r < r1; ++r)
     for (int64_t p = r * nq; bits[r] && p < (r + 1) * nq; ++p)
@@ -372,7 +397,8 @@ void block(const Job& j, const Entries& e, const int64_t* offset, const uint64_t
       const int lo = __builtin_ctzll(left);
       const uint64_t gaps = ~(left >> lo);
       const int n = gaps ? __builtin_ctzll(gaps) : 64 - lo, length = n < 64 - lo ? n : 64 - lo;
-      product(s.s + r * nq * kBlock + lo, kBlock, (next - r) * nq, s.v + lo * wide, wide, wide / 16, s.chunk.acc + r * nq * wide, wide, length, true);
+      product(s.s + r * nq * kBlock + lo, kBlock, (next - r) * nq, s.v + lo * wide, wide, wide / 16, s.chunk.acc + r * nq * wide, wide, length, true,
+              ahead && lo == 0 ? ahead + 3 : nullptr);
       left &= ~(low_bits(length) << lo);
     }
   }
@@ -399,7 +425,7 @@ void store_out(const Job& j, const Unit& u, const State& s) {
 }
 
 // Block b of the unit: most rows together, tree rows that see part of a draft one by one.
-void blocks(const Job& j, const Unit& u, const Sight& sight, const Entries& e, const int64_t* offset, int64_t b, const Scratch& s) {
+void blocks(const Job& j, const Unit& u, const Sight& sight, const Entries& e, const int64_t* offset, int64_t b, const Scratch& s, const Ahead* ahead) {
   uint64_t bits[kPairs], alone[kPairs];
   const bool drafts = sight.mask && (b + 1) * kBlock > sight.tail;
   for (int64_t r = 0; r < u.n_rows; ++r) {
@@ -407,12 +433,12 @@ void blocks(const Job& j, const Unit& u, const Sight& sight, const Entries& e, c
     alone[r] = drafts && sight.is_tree(u.row + r) ? bits[r] : 0;
     bits[r] ^= alone[r];
   }
-  block(j, e, offset, bits, 0, u.n_rows, s);
+  block(j, e, offset, bits, 0, u.n_rows, s, ahead);
   for (int64_t r = 0; drafts && r < u.n_rows; ++r) {
     if (!alone[r]) continue;
     int64_t own[kBlock];
     e.offsets(b * kBlock, sight, u.row + r, own);
-    block(j, e, own, alone, r, r + 1, s);
+    block(j, e, own, alone, r, r + 1, s, nullptr);
   }
 }
 
@@ -429,6 +455,9 @@ void attend(const Job& j, const Unit& u, int thread) {
   load_queries(j, u, g, s.q);
   if (u.part < 0) clear(s.total, pairs, j.wide);
   int64_t offsets[2][kBlock];
+  const char* rows[2 * kBlock];
+  const int64_t lines = ceil_div(entries.row_bytes, 64);
+  const Ahead ahead[4] = {{rows, lines, 0}, {rows, lines, 1}, {rows, lines, 2}, {rows, lines, 3}};
   const int64_t end = min_of((u.chunk + u.n_chunks) * kChunk, range.end), per_chunk = kChunk / kBlock;
   int64_t b = max_of(u.chunk * kChunk, range.begin) / kBlock;
   entries.offsets(b * kBlock, offsets[b & 1]);
@@ -438,8 +467,8 @@ void attend(const Job& j, const Unit& u, int thread) {
     for (; b < (chunk + 1) * per_chunk && b * kBlock < end; ++b) {
       int64_t* next = offsets[(b + 1) & 1];
       entries.offsets((b + 1) * kBlock, next);
-      if ((b + 1) * kBlock < end) entries.prefetch(next);
-      blocks(j, u, sight, entries, offsets[b & 1], b, s);
+      entries.rows(next, rows);
+      blocks(j, u, sight, entries, offsets[b & 1], b, s, (b + 1) * kBlock < end ? ahead : nullptr);
     }
     if (u.part < 0) merge(s.total, s.chunk, pairs, j.wide);
   }
@@ -522,7 +551,7 @@ void attention(const Ctx& c, const AttentionArgs& a) {
   if (p.work < kSmall) {
     for (int64_t i = 0; i < p.n_units; ++i) attend(j, p.units[i], 0);
     for (int64_t i = 0; i < p.n_cut; ++i) join(j, p.cut[i], 0);
-    return;
+    if (j >= kBlock) return;
   }
   parallel(c, p.n_units, [&](int64_t i, int thread) { attend(j, p.units[i], thread); });
   parallel(c, p.n_cut, [&](int64_t i, int thread) { join(j, p.cut[i], thread); });

@@ -70,11 +70,11 @@ template <Kind kKind, int kRows, int kBlocks, bool kStream> PL_INLINE void accum
   }
 }
 
-template <int kTiles> PL_INLINE void zero_tiles() {
+template <int kRows, int kBlocks> PL_INLINE void zero_tiles() {
   _tile_zero(0);
-  if constexpr (kTiles > 1) _tile_zero(1);
-  if constexpr (kTiles > 2) _tile_zero(2);
-  if constexpr (kTiles > 3) _tile_zero(3);
+  if constexpr (kBlocks > 1) _tile_zero(1);
+  if constexpr (kRows == 2 || kBlocks > 2) _tile_zero(2);
+  if constexpr (kRows * kBlocks == 4) _tile_zero(3);
 }
 
 // Tile c (row block c / kBlocks, block c % kBlocks) of the tile numbering in `accumulate`, at p + c KiB.
@@ -101,7 +101,7 @@ struct Micro { int64_t row, block, t0, n; Operands o; uint8_t *sums, *tmp; };
 
 // One sum in float32 (bf16) or int32 (int8 per channel) over all of K.
 template <Kind kKind, int kRows, int kBlocks, bool kStream> void micro_plain(const Job& j, const Plan& p, const Micro& m) {
-  if (m.t0 == 0) zero_tiles<kRows * kBlocks>();
+  if (m.t0 == 0) zero_tiles<kRows, kBlocks>();
   else load_tiles<kRows, kBlocks>(m.sums);
   accumulate<kKind, kRows, kBlocks, kStream>(m.o, m.n, kTile);
   store_tiles<kRows, kBlocks>(m.sums);
@@ -126,7 +126,7 @@ template <Kind kKind, bool kMins, int kRows, int kBlocks, bool kStream> void mic
   for (int64_t g = g0; g < g1; ++g) {
     const int64_t k = g * group - m.t0 * 64, tile = k / 64, half = k % 64;
     const Operands o = {m.o.a + tile * m.o.a_step + half, m.o.a_block, m.o.a_step, m.o.b + tile * kTile + half * 16, m.o.b_block};
-    zero_tiles<kRows * kBlocks>();
+    zero_tiles<kRows, kBlocks>();
     accumulate<kKind, kRows, kBlocks, kStream>(o, steps, kTile);
     store_tiles<kRows, kBlocks>(m.tmp);
     for (int b = 0; b < kBlocks; ++b) {

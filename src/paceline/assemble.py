@@ -92,7 +92,9 @@ def inspect(model: str | Path | Checkpoint | None, config: EngineConfig, progres
     facts = ModelFacts(
         name=str(model) if isinstance(model, (str, Path)) else checkpoint.path.name,
         model_type=model_config.model_type,
-        context=model_config.max_context or model_config.context,
+        context=model_config.context,
+        max_context=max(model_config.context, model_config.max_context),
+        position_bytes=sum(4 * spec.dim for spec in model_config.rope.values()),
         n_vocab=model_config.n_vocab,
         d_model=model_config.d_model,
         d_widest=max(2 * model_config.d_ff, model_config.n_heads * model_config.head_dim * 3),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def word_level(decoder: Any) -> Tokenizer:
 def stream(tokenizer: Tokenizer, ids: list[int], cuts: list[int], skip: bool) -> list[str]:
     detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip)
     edges = [0, *sorted(cuts), len(ids)]
-    return [*[detokenizer.push(ids[a:b]) for a, b in zip(edges, edges[1:], strict=False)], detokenizer.finish()]
+    return [*[detokenizer.push(ids[a:b]) for a, b in pairwise(edges)], detokenizer.finish()]
 
 
 def check_equal(tokenizer: Tokenizer, ids: list[int], skip: bool) -> None:
@@ -105,7 +106,11 @@ def test_real_vocabularies(shared: Path, data: st.DataObject) -> None:
 @cache
 def real(shared: Path) -> list[Tokenizer]:
     folders = [shared / "tokenizers/gpt-neox-20b", shared / "tokenizers/llama2-fixed", shared / "models/stories260K"]
-    return [*map(Tokenizer.from_folder, folders), Tokenizer.from_gguf(gpt2(shared)), Tokenizer.from_gguf(llama2(shared))]
+    return [
+        *map(Tokenizer.from_folder, folders),
+        Tokenizer.from_gguf(gpt2(shared)),
+        Tokenizer.from_gguf(llama2(shared)),
+    ]
 
 
 def test_a_character_appears_when_it_is_whole() -> None:
@@ -164,7 +169,7 @@ def test_token_bytes_join_to_the_text(make: Any) -> None:
 def scan(text: str, stops: list[str], cuts: list[int], include: bool) -> tuple[str, str | None]:
     scanner, out = StopScanner(stops, include), ""
     edges = [0, *sorted(c for c in cuts if c < len(text)), len(text)]
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in pairwise(edges):
         emitted, stop = scanner.push(text[a:b])
         out += emitted
         if stop is not None:

@@ -231,3 +231,9 @@ def test_text_model_of_a_multimodal_folder(tmp_path: Path, style: str) -> None:
     assert set(c.tensors()) == {"model.embed_tokens.weight", "model.norm.weight"}
     assert c.config == {"model_type": "gemma3_text", "hidden_size": 2, "eos_token_id": [1, 106]}
     assert "other modalities" in c.notes[0]
+
+
+def test_two_spellings_of_one_name(tmp_path: Path) -> None:
+    config = {"model_type": "gemma3", "text_config": {"hidden_size": 2}}
+    arrays = {"model.language_model.norm.weight": ones(2), "language_model.model.norm.weight": ones(2)}
+    refused(write_folder(tmp_path / "m", config, arrays), "model.norm.weight", "both mean")

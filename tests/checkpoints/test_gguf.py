@@ -529,3 +529,33 @@ def test_damaged_splits(tmp_path: Path) -> None:
         open_checkpoint(parts(tmp_path, total=9)[0])
     with pytest.raises(CheckpointError, match="also in"):
         open_checkpoint(parts(tmp_path, name="token_embd.weight")[0])
+
+
+@pytest.mark.parametrize(
+    ("arch", "layers", "width", "heads", "head_dim", "scalar"),
+    [  # the published sizes: 9B and 27B of Gemma 2; 4B and 27B of Gemma 3
+        ("gemma2", 42, 3584, 16, 256, 256),
+        ("gemma2", 46, 4608, 32, 128, 144),
+        ("gemma3", 34, 2560, 8, 256, 256),
+        ("gemma3", 62, 5376, 32, 128, 168),
+    ],
+)
+def test_gemmas_attention_scale(
+    tmp_path: Path, arch: str, layers: int, width: int, heads: int, head_dim: int, scalar: int
+) -> None:
+    """query_pre_attn_scalar is in no GGUF file: it follows from the size of the model, as in llama.cpp."""
+    numbers = {
+        "block_count": layers,
+        "embedding_length": width,
+        "context_length": 8192,
+        "feed_forward_length": 64,
+        "attention.head_count": heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+    }
+    keys = [("general.architecture", STRING, arch), *((f"{arch}.{k}", U32, v) for k, v in numbers.items())]
+    (tmp_path / "x.gguf").write_bytes(gguf_bytes(keys, [("token_embd.weight", [32, 4], 0, 0)], bytes(512)))
+    config = open_checkpoint(tmp_path / "x.gguf").config
+    assert config["query_pre_attn_scalar"] == scalar
+    full = [i for i, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
+    assert full == list(range(1, layers, 2) if arch == "gemma2" else range(5, layers, 6))

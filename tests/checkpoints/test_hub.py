@@ -162,6 +162,27 @@ def test_not_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         open_checkpoint("user/other", offline=True)
 
 
+def test_a_snapshot_with_the_files_we_chose_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newer libraries remember the repository's whole listing and call such a snapshot incomplete."""
+    tree = pytest.importorskip("huggingface_hub._tree_cache", reason="this huggingface_hub keeps no listing")
+    cache(tmp_path, monkeypatch, HF)
+    listing = {name: tree.TreeCacheEntry(1, "b" * 40, None, None, None) for name in [*HF, "pytorch_model.bin"]}
+    tree.write_tree_cache(str(tmp_path / "models--user--repo"), COMMIT, listing)
+    with pytest.raises(Exception, match="incomplete"):
+        huggingface_hub.snapshot_download("user/repo", local_files_only=True, cache_dir=tmp_path)
+    assert set(open_checkpoint("user/repo", offline=True).tensors()) == {"a"}
+
+
+def test_an_interrupted_download_is_not_mistaken_for_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = {f"model-{i:05d}-of-00002.safetensors": tensors_bytes({f"t{i}": np.ones(2, np.float32)}) for i in (1, 2)}
+    index = {"weight_map": {f"t{i}": name for i, name in enumerate(shards, 1)}}
+    files = {"config.json": HF["config.json"], "model.safetensors.index.json": json.dumps(index).encode(), **shards}
+    del files["model-00002-of-00002.safetensors"]
+    cache(tmp_path, monkeypatch, files)
+    with pytest.raises(CheckpointError, match=r"missing: model-00002-of-00002\.safetensors"):
+        open_checkpoint("user/repo", offline=True)
+
+
 def test_a_download_fetches_exactly_the_chosen_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listing = ["config.json", "model.safetensors", "pytorch_model.bin", "README.md", "odd[1].json"]
     snapshot = cache(tmp_path, monkeypatch, HF)

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (templates and lists of words read best on one line)
 """Chat templates: transformers' text for real templates and for the language, bounded work for hostile ones."""
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from test_vocab import tiny_spm
 
-from paceline.checkpoints.template_sandbox import Limits
+from paceline.checkpoints.template_meter import Limits
 from paceline.checkpoints.templates import BUILTIN, RESERVED, ChatTemplate, chat_template
 from paceline.checkpoints.tokenizer import Tokenizer
 from paceline.core.errors import TemplateError
@@ -50,7 +51,9 @@ def rendered(template: str, messages: Any, prompt: bool = True, **more: Any) -> 
 def theirs(template: str, messages: Any, prompt: bool = True, **more: Any) -> str | None:
     utils = pytest.importorskip("transformers.utils.chat_template_utils", reason="needs transformers")
     try:
-        texts = utils.render_jinja_template([messages], chat_template=template, add_generation_prompt=prompt, **more, **TOKENS)
+        texts = utils.render_jinja_template(
+            [messages], chat_template=template, add_generation_prompt=prompt, **more, **TOKENS
+        )
     except Exception:
         return None
     text: str = texts[0][0]
@@ -100,11 +103,20 @@ def test_most_real_templates_agree_with_a_second_engine(shared: Path) -> None:
     assert agree / total > 0.4, (agree, total)
 
 
-TOOLS = [{"type": "function", "function": {"name": "f", "description": "Größe <&>", "parameters": {"type": "object", "properties": {}}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "f", "description": "Größe <&>", "parameters": {"type": "object", "properties": {}}},
+    }
+]
 RICH = [
     SYSTEM,
     {"role": "user", "content": [{"type": "text", "text": "Look:"}, {"type": "image"}]},
-    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"a": [1, 2.5, None, True]}}}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "f", "arguments": {"a": [1, 2.5, None, True]}}}],
+    },
     {"role": "tool", "content": "ünïcode", "name": "f"},
     {"role": "assistant", "content": "  done\n", "reasoning": "because"},
 ]
@@ -185,7 +197,9 @@ PREFILL = [
 @pytest.mark.parametrize("content", ["The answer is", "trailing space ", "  ", [{"type": "text", "text": "in blocks"}]])
 def test_continuing_the_last_message(source: str, content: Any) -> None:
     messages = [USER, {"role": "assistant", "content": content}]
-    assert rendered(source, messages, False, continue_final_message=True) == theirs(source, messages, False, continue_final_message=True)
+    assert rendered(source, messages, False, continue_final_message=True) == theirs(
+        source, messages, False, continue_final_message=True
+    )
 
 
 def test_continuing_refuses_what_cannot_be_continued() -> None:
@@ -295,7 +309,7 @@ def test_builtin_templates() -> None:
 
 # --- bounds --------------------------------------------------------------------------------------
 
-SMALL = Limits(seconds=2.0, steps=200_000, characters=8 << 20, output=1 << 20)
+SMALL = Limits(seconds=2.0, steps=40_000, characters=8 << 20, output=1 << 20)
 DOUBLE = "{{% set ns = namespace(a={0}) %}}{{% for i in range(60) %}}{{% set ns.a = {1} %}}{{% endfor %}}"
 NESTED = DOUBLE.format("[1]", "[ns.a, ns.a]")
 TUPLES = DOUBLE.format("(1,)", "(ns.a, ns.a)")
@@ -339,7 +353,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("source", [s for s in ENDLESS if s is not ENDLESS[-2]])
+@pytest.mark.parametrize("source", ENDLESS)
 def test_endless_templates_end(source: str) -> None:
     """TemplateError, soon, without much memory, whatever the template multiplies."""
     gc.collect()
@@ -372,7 +386,13 @@ def test_time_is_bounded() -> None:
 def test_source_is_bounded() -> None:
     with pytest.raises(TemplateError, match="characters"):
         ChatTemplate("x" * (Limits.source + 1))
-    for source in ("{{ " + "(" * 50_000, "{{ " + "-" * 50_000 + "1 }}", "{% if 1 %}" * 20_000, "{{ 1" + "+1" * 50_000 + " }}", "{" * 200_000):
+    for source in (
+        "{{ " + "(" * 50_000,
+        "{{ " + "-" * 50_000 + "1 }}",
+        "{% if 1 %}" * 20_000,
+        "{{ 1" + "+1" * 50_000 + " }}",
+        "{" * 200_000,
+    ):
         with pytest.raises(TemplateError):
             ChatTemplate(source)
 

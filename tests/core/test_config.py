@@ -57,7 +57,8 @@ def lookup(name: str) -> type[Technique]:
 
 def facts(**changes: Any) -> ModelFacts:
     base = {
-        "name": "m", "model_type": "llama", "context": 1024, "n_vocab": 100, "d_model": 64, "d_widest": 256,
+        "name": "m", "model_type": "llama",
+        "context": 1024, "max_context": 4096, "position_bytes": 64, "n_vocab": 100, "d_model": 64, "d_widest": 256,
         "states": (KV(2, 32),) * 4, "n_params": 1000, "weight_bytes": GIB, "formats": "bf16", "dtype": "bfloat16",
     }
     return ModelFacts(**{**base, **changes})
@@ -110,7 +111,7 @@ def test_a_technique_may_refuse() -> None:
 def test_memory_is_predicted() -> None:
     with pytest.raises(OutOfMemory, match="needs .* GiB"):
         resolve(EngineConfig(), facts(weight_bytes=5 * GIB), MACHINE, lookup)
-    big = facts(context=1 << 22)
+    big = facts(context=1 << 22, max_context=1 << 22)
     plan = resolve(EngineConfig(), big, MACHINE, lookup)
     assert plan.context < 1 << 22
     assert any("context reduced" in n for n in plan.notes)

@@ -198,7 +198,7 @@ class Cache(RuleBasedStateMachine):
 
 
 TestCache = Cache.TestCase
-TestCache.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestCache.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 
 
 def small(spec=None, n_pages=8, page_size=4, dtype="float32", n_layers=1, memory=None):

@@ -175,7 +175,7 @@ class Prefixes(RuleBasedStateMachine):
 
 
 TestPrefixes = Prefixes.TestCase
-TestPrefixes.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+TestPrefixes.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 
 
 def setup(n_pages=16, page_size=4, specs=(KV(1, 1),)):
@@ -273,6 +273,42 @@ def test_a_window_groups_old_pages_are_freed_under_a_tail_in_use():
     cache.check_integrity([kv], index.held())
     assert index.match(list(range(40)))[0] == 6 * 4  # pages 7, in use, and 6 had to go
     assert cache.pools[0].n_free == 0  # the plain group's pages live on in the sequence
+
+
+def test_a_text_that_differs_in_the_middle_ends_there():
+    cache, index = setup()
+    for branch in (5, 6):
+        run(cache, index, [1] * 4 + [2] * 4 + [branch] * 4)
+    assert index.match([1] * 4 + [9] * 4 + [5] * 8)[0] == 4
+
+
+def test_what_branches_had_in_common_goes_after_them():
+    cache, index = setup()
+    for branch in (2, 3):
+        cache.free(run(cache, index, [1] * 8 + [branch] * 4))
+    for n_left in (3, 2, 1, 0):
+        assert index.evict(1, 0) == 1
+        index.check()
+        assert index.n_pages == n_left
+    assert cache.pools[0].n_free == 16
+
+
+def test_a_trunk_whose_branches_were_in_use_is_found_again():
+    """Its last old page is freed by letting go of the branches; the rest goes when its users have gone."""
+    cache, index = setup(n_pages=32, specs=[KV(1, 1), Window(1, 1, 4)])
+    kvs = [run(cache, index, [1] * 16 + [branch] * 8) for branch in (2, 3)]
+    for kv in kvs:
+        cache.trim(kv)
+    assert cache.pools[1].n_idle == 6  # four of the trunk, the first of each branch
+    assert index.evict(3, 1) >= 3
+    index.check()
+    cache.check_integrity(kvs, index.held())
+    assert index.n_pages > 0
+    for kv in kvs:
+        cache.free(kv)
+    index.evict(32, 1)
+    assert index.n_pages == 0
+    assert [pool.n_free for pool in cache.pools] == [32, 32]
 
 
 def test_a_compacted_sequence_is_not_inserted():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence as Seq
 from typing import Any
@@ -14,8 +15,10 @@ from paceline.core.runner import Parts
 from paceline.core.sequence import NO_DRAFT, Draft, Sequence
 from paceline.core.types import Request, SamplingParams
 
+from .conftest import BACKENDS, make_backend
 from .tiny import request, run_all, tiny_engine, tiny_model
 
+N_SCHEDULES = int(os.environ.get("PACELINE_TEST_SCHEDULES", "20"))  # nightly: 200
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12}
 
 
@@ -104,9 +107,24 @@ def schedule_of(model: Any, seed: int) -> None:
     engine.runner.cache.check_integrity([], [] if engine.runner.parts.prefix is None else engine.runner.parts.prefix.held())  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(N_SCHEDULES))
 def test_random_schedules_give_the_same_bits(model: Any, windowed: Any, seed: int) -> None:
     schedule_of(windowed if seed % 3 == 0 else model, seed)
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="the native core is not built")
+@pytest.mark.parametrize("format", ["bf16", "f16", "int8", "int8:group=0", "int4", "int4:group=64,mins"])
+def test_every_format_gives_the_same_bits_with_any_threads(format: str) -> None:
+    """The same requests in another schedule and with one thread more."""
+    requests = [
+        request(f"r{i}", p, seed=i, temperature=0.7 * (i % 2), logprobs=2, max_tokens=8) for i, p in enumerate(prompts(6, 21))
+    ]
+    found = []
+    for threads, chunk, max_rows in ((1, 64, 64), (2, 5, 16)):
+        model = tiny_model(make_backend("native", threads), format=format)
+        outputs = run_all(tiny_engine(model, chunk=chunk, max_rows=max_rows, kv_dtype="bfloat16"), requests)
+        found.append([(outputs[r.id].token_ids, outputs[r.id].completions[0].logprobs) for r in requests])
+    assert found[0] == found[1]
 
 
 class Oracle:

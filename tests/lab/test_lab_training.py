@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the training needs torch (the torch extra)")
 pytest.importorskip("safetensors", reason="checkpoints need safetensors")
 
-from lab import evaluate, export, mix, optim, tokenizer, train  # noqa: E402
+from lab import card, evaluate, export, mix, optim, tokenizer, train  # noqa: E402
 from lab.data.base import chat_prompt  # noqa: E402
 from lab.model import SIZES, Llama  # noqa: E402
 
@@ -135,3 +135,20 @@ def test_teacher_forced_verdict_equals_greedy_decoding(work: Path, tmp_path: Pat
     assert len(answer) == 4
     assert evaluator.chosen(prompt, answer)
     assert not evaluator.chosen(prompt, [*answer[:3], (answer[3] + 1) % 4096])
+
+
+def test_card_states_misses_plainly_and_shows_both_models(work: Path) -> None:
+    tasks = {name: {"accuracy": 0.5, "items": 2, "prompt_tokens": 9.0} for name in card.GOALS}
+    text = {"source": {"perplexity": 9.5, "bits_per_byte": 1.25, "tokens": 10}}
+    state = {"steps": 3, "tokens": 4000, "seconds": 90.0, "seed": 1, "mix": {"recall": 1.0}}
+    for size in card.MODELS:
+        (work / size).mkdir(exist_ok=True)
+        (work / size / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        figures = {"held-out text": text, "held-out tasks": tasks}
+        (work / size / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
+    out = work / "CARD.md"
+    assert card.main(["--work", str(work), "--out", str(out), "--machine", "a test", "--note", "a note"]) == 0
+    written = out.read_text(encoding="utf-8")
+    assert "lab-8m 50.0 %, MISSED" in written
+    assert "lab-1m: accuracy" in written
+    assert "- a note" in written

@@ -9,6 +9,7 @@ import pytest
 from paceline import models
 from paceline.core.errors import CheckpointError
 from paceline.core.specs import KV, Window
+from paceline.models.loader import FormatChoice, plan_sizes
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -116,3 +117,53 @@ def test_end_tokens_and_reach() -> None:
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     c = models.read({**LLAMA, "max_position_embeddings": 128, "rope_scaling": yarn})
     assert (c.context, c.max_context) == (128, 512)
+
+
+def published(model_type: str, v: int, d: int, ff: int, n: int, h: int, kv: int, **more: Any) -> dict[str, Any]:
+    sizes = {"vocab_size": v, "hidden_size": d, "intermediate_size": ff, "num_hidden_layers": n}
+    return {"model_type": model_type, **sizes, "num_attention_heads": h, "num_key_value_heads": kv, **more}
+
+
+TIED = {"tie_word_embeddings": True}
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+PUBLISHED = {  # the hyper-parameters of published models and how many parameters their cards count
+    "Llama-2-7B": (published("llama", 32000, 4096, 11008, 32, 32, 32), 6_738_415_616),
+    "TinyLlama-1.1B": (published("llama", 32000, 2048, 5632, 22, 32, 4), 1_100_048_384),
+    "Llama-3.2-1B": (published("llama", 128256, 2048, 8192, 16, 32, 8, rope_scaling=LLAMA3, **TIED), 1_235_814_400),
+    "SmolLM2-135M": (published("llama", 49152, 576, 1536, 30, 9, 3, **TIED), 134_515_008),
+    "Qwen2.5-0.5B": (published("qwen2", 151936, 896, 4864, 24, 14, 2, **TIED), 494_032_768),
+    "Qwen3-0.6B": (published("qwen3", 151936, 1024, 3072, 28, 16, 8, head_dim=128, **TIED), 596_049_920),
+    "Mistral-7B": (published("mistral", 32000, 4096, 14336, 32, 32, 8, sliding_window=4096), 7_241_732_096),
+    "Gemma-2-2B": (published("gemma2", 256000, 2304, 9216, 26, 8, 4), 2_614_341_888),
+    "Gemma-3-1B": (published("gemma3_text", 262144, 1152, 6912, 26, 4, 1, sliding_window=512), 999_885_952),
+    "Gemma-3-4B, text": (
+        {
+            "model_type": "gemma3",
+            "text_config": {
+                "model_type": "gemma3_text",
+                "hidden_size": 2560,
+                "intermediate_size": 10240,
+                "num_hidden_layers": 34,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                "sliding_window": 1024,
+            },
+        },
+        3_880_263_168,
+    ),
+    "Phi-3-mini": (published("phi3", 32064, 3072, 8192, 32, 32, 32, sliding_window=2047), 3_821_079_552),
+    "GPT-2": ({"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12}, 124_439_808),
+    "OLMo-2-7B": (published("olmo2", 100352, 4096, 11008, 32, 32, 32), 7_298_617_344),
+    "Mixtral-8x7B": (published("mixtral", 32000, 4096, 14336, 32, 32, 8, num_local_experts=8), 46_702_792_704),
+    "Qwen3-30B-A3B": (
+        published("qwen3_moe", 151936, 2048, 6144, 48, 32, 4, head_dim=128, moe_intermediate_size=768),
+        30_532_122_624,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_number_of_parameters(name: str) -> None:
+    raw, n_params = PUBLISHED[name]
+    sizes = plan_sizes(models.read(raw), FormatChoice.parse("int8:group=0"))
+    assert sizes.n_params == n_params
+    assert n_params < sizes.n_bytes < 1.05 * n_params

@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from harness import make_ops, run
+from harness import backends, make_ops, run
 
 from paceline import models
 from paceline.checkpoints.base import TensorInfo
@@ -243,7 +243,7 @@ def test_sizes_are_foretold_to_the_byte(text: str) -> None:
     assert checkpoint.reads == []
     model = loaded(checkpoint, choice)
     assert dict(sizes.params) == {name: w.nbytes for name, w in model.w.items()}
-    assert ("int8:group=32 (embed, head)" in sizes.formats) == text.startswith("int4")
+    assert ("int8:group=32 (embed, head)" in sizes.formats) == (text.startswith("int") and text != "int8")
     own = Memory(CONFIG, dict(model.w))
     for again in (FormatChoice(), choice):
         assert plan_sizes(models.read(CONFIG), again, own).params == sizes.params
@@ -278,13 +278,17 @@ def test_context_and_backend_refusals() -> None:
         load(random_checkpoint(), ops, format=FormatChoice.parse("f16"), context=8)
 
 
-@pytest.mark.parametrize("text", ["bf16", "int8", "int4", "int4:group=64,mins=1"])
-def test_quantised_models_stay_close(text: str) -> None:
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("text", ["f16", "bf16", "int8", "int8:group=0", "int4", "int4:group=64,mins=1"])
+def test_other_formats_stay_close(text: str, backend: str) -> None:
     exact = loaded(random_checkpoint())
-    close = loaded(random_checkpoint(), FormatChoice.parse(text))
-    a, b = (run(m, m.ops, [TOKENS]) for m in (exact, close))
-    bound = {"bf16": 0.05, "int8": 0.05}.get(text, 0.5)
+    ops = make_ops(backend)
+    close = load(random_checkpoint(), ops, format=FormatChoice.parse(text), context=16)
+    a, b = run(exact, exact.ops, [TOKENS]), run(close, ops, [TOKENS])
+    bound = 0.5 if text.startswith("int4") else 0.05
     assert 0 < np.abs(a - b).max() < bound * np.abs(a).max()
+    same_format = loaded(random_checkpoint(), FormatChoice.parse(text))
+    assert np.abs(run(same_format, same_format.ops, [TOKENS]) - b).max() < 0.01 * np.abs(a).max()
 
 
 def test_routers_and_positions_stay_in_floating_point() -> None:

@@ -64,8 +64,8 @@ def walk(ops, t: Text, s: AttnSpec, chunks: list[int], page_size: int = 16, dtyp
     out, at = [], 0
     for step, n in enumerate(chunks):
         parts = [(i, text(1000 * i + step, 1 + (step + i) % 5, s)) for i in range(1, others + 1)]
-        parts.insert(len(parts) // 2, (0, t[at : at + n]))
-        out.append(cache.step(ops, parts)[len(parts) // 2])
+        parts.insert(others // 2, (0, t[at : at + n]))
+        out.append(cache.step(ops, parts)[others // 2])
         at += n
     assert at == len(t)
     return np.concatenate(out)

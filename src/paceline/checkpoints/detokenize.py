@@ -1,9 +1,9 @@
 """Token ids to text while they arrive: no character broken, nothing said that a later token would change.
 
-Each way of decoding has a stream that does a bounded amount of work per token, and whose pieces joined equal the decoding of all
-ids at once. Byte-level vocabularies are bytes under an incremental UTF-8 decoder. With byte fallback a run of <0xNN> tokens becomes
-text only when it is valid as a whole (that is what `tokenizers` does), so a run is held until the token after it. Other decoders
-are run on a short window.
+Each way of decoding has a stream that does a bounded amount of work per token, and whose pieces joined equal the
+decoding of all ids at once. Byte-level vocabularies are bytes under an incremental UTF-8 decoder. With byte fallback a
+run of <0xNN> tokens becomes text only when it is valid as a whole (that is what `tokenizers` does), so a run is held
+until the token after it. Other decoders are run on a short window.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def scheme_of(spec: Mapping[str, Any] | None, decoder: Decoder | None) -> Scheme
 
 
 def _byte_table() -> dict[str, int]:
-    """GPT-2's printable stand-ins: visible Latin-1 characters stand for themselves, the others for U+0100 onwards in order."""
+    """GPT-2's printable stand-ins: visible Latin-1 characters stand for themselves, the others for U+0100 onwards in
+    order."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [b for b in range(256) if b not in visible]
     return {**{chr(b): b for b in visible}, **{chr(256 + n): b for n, b in enumerate(hidden)}}
@@ -124,7 +125,8 @@ _HEX = re.compile(r"<0x([0-9A-Fa-f]{2}|\+[0-9A-Fa-f])>")  # the sign because tha
 
 @dataclass(frozen=True)
 class _Fallback:
-    """Replace, ByteFallback and stripping of the first spaces, in the one order in which SentencePiece models use them."""
+    """Replace, ByteFallback and stripping of the first spaces, in the one order in which SentencePiece models use
+    them."""
 
     replace: tuple[tuple[str, str], ...]
     has_bytes: bool
@@ -249,7 +251,8 @@ class _Window:
 
 
 class _WindowStream:
-    """Decodes the last tokens with and without the new ones and emits the difference, once it ends in a whole character."""
+    """Decodes the last tokens with and without the new ones and emits the difference, once it ends in a whole
+    character."""
 
     def __init__(self, scheme: _Window):
         self._scheme = scheme
@@ -283,10 +286,11 @@ class _WindowStream:
 class StopScanner:
     """Looks for stop strings in text that arrives in parts.
 
-    The match is the stop that is complete first, the longest of those that end at the same place; so the result does not depend
-    on where the parts are cut. Text that may be the beginning of a stop is held back, nothing else.
+    The match is the stop that is complete first, the longest of those that end at the same place; so the result does
+    not depend on where the parts are cut. Text that may be the beginning of a stop is held back, nothing else.
 
-    stops: non-empty strings of at most MAX_STOP characters; include_stop: let the text end with the stop. RequestError otherwise.
+    stops: non-empty strings of at most MAX_STOP characters; include_stop: let the text end with the stop. RequestError
+    otherwise.
     """
 
     def __init__(self, stops: Sequence[str], include_stop: bool = False):

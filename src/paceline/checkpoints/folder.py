@@ -84,11 +84,19 @@ class FolderCheckpoint:
         dropped = [n for n in self._where if any(n.startswith(p) for p, new in rules if new is None)]
         if dropped:
             self.notes.append(f"only the text model is loaded: {len(dropped)} tensors of other modalities are left out")
-        renamed = {}
+        renamed: dict[str, tuple[SafetensorsFile, str]] = {}
         for name, place in self._where.items():
             prefix, new = next(((p, new) for p, new in rules if name.startswith(p)), ("", ""))
-            if new is not None:
-                renamed[new + name[len(prefix) :]] = place
+            if new is None:
+                continue
+            text_name = new + name[len(prefix) :]
+            if text_name in renamed:
+                raise CheckpointError(
+                    f"{place[0].path}: tensors {renamed[text_name][1]!r} and {name!r} both mean {text_name!r}; "
+                    "the checkpoint "
+                    "contradicts itself"
+                )
+            renamed[text_name] = place
         self._where = renamed
         if isinstance(self.config.get("text_config"), dict):
             self.config = _text_config(self.config)

@@ -18,6 +18,7 @@ from paceline.core.errors import CheckpointError
 
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?::(?P<quant>[\w.-]{1,64}))?")
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
+_NOTHING = "no file has this name"
 _CONFIGS = (
     "config.json",
     "generation_config.json",
@@ -129,12 +130,13 @@ def _cached(name: HubName, reason: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name.repo, local_files_only=True))
+        # A snapshot never holds all files of its repository, since we download some: a pattern that asks for none of
+        # them keeps the library from calling it incomplete. What we need of it the readers check.
+        folder = Path(snapshot_download(name.repo, local_files_only=True, allow_patterns=[_NOTHING]))
     except Exception as e:  # see `fetch`
         raise CheckpointError(
             f"{name.repo}: {reason}, and the model is not in the local cache; go online (unset HF_HUB_OFFLINE) "
-            "and run the command again, "
-            "or give the path of a local model"
+            "and run the command again, or give the path of a local model"
         ) from e
     files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
     try:

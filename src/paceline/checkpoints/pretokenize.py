@@ -1,8 +1,8 @@
 """How byte-level BPE vocabularies split text into words, by the name a GGUF file gives in `tokenizer.ggml.pre`.
 
-Each entry is the list of regular expressions applied one after the other (every match becomes a word of its own, what lies
-between matches too), plus what the families using it fix: whether a whole word found in the vocabulary skips the merges,
-whether BOS is added unless the file says otherwise, and whether the text is brought to Unicode NFC first.
+Each entry is the list of regular expressions applied one after the other (every match becomes a word of its own, what
+lies between matches too), plus what the families using it fix: whether a whole word found in the vocabulary skips the
+merges, whether BOS is added unless the file says otherwise, and whether the text is brought to Unicode NFC first.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def pre_tokenizer(name: str) -> PreTokenizer:
     found = PRE_TOKENIZERS.get(name)
     if found is None:
         raise CheckpointError(
-            f"tokenizer.ggml.pre: {name[:80]!r} is not a pre-tokenizer known here; put the model's tokenizer.json beside "
-            f"the file, or use one of: {', '.join(sorted(PRE_TOKENIZERS))}"
+            f"tokenizer.ggml.pre: {name[:80]!r} is not a pre-tokenizer known here; put the model's tokenizer.json "
+            f"beside the file, or use one of: {', '.join(sorted(PRE_TOKENIZERS))}"
         )
     return found

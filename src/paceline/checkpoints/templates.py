@@ -1,7 +1,8 @@
 """Chat templates: a conversation to the text a model was trained on.
 
-The environment is that of transformers' `apply_chat_template` (trim_blocks, lstrip_blocks, loop controls, `generation` blocks,
-raise_exception, strftime_now, its tojson), run in bounds (`template_sandbox`). Values reach the template as plain JSON data.
+The environment is that of transformers' `apply_chat_template` (trim_blocks, lstrip_blocks, loop controls, `generation`
+blocks, raise_exception, strftime_now, its tojson), run in bounds (`template_sandbox`). Values reach the template as
+plain JSON data.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from paceline.checkpoints.files import open_regular
-from paceline.checkpoints.template_sandbox import Limits, compile_template, render_code
+from paceline.checkpoints.template_meter import Limits
+from paceline.checkpoints.template_sandbox import compile_template, render_code
 from paceline.core.errors import TemplateError
 
 if TYPE_CHECKING:
@@ -25,9 +27,10 @@ MAX_NAME = 64
 
 # What the caller of a server may not set through template variables: our own arguments and the environment's names.
 RESERVED = frozenset(
-    "messages tools documents add_generation_prompt continue_final_message chat_template conversation tokenize padding truncation "
-    "max_length return_tensors return_dict tokenizer_kwargs return_assistant_tokens_mask bos_token eos_token unk_token sep_token "
-    "pad_token cls_token mask_token raise_exception strftime_now namespace dict range cycler joiner lipsum self loop caller varargs "
+    "messages tools documents add_generation_prompt continue_final_message chat_template conversation tokenize "  # noqa: SIM905
+    "padding truncation max_length return_tensors return_dict tokenizer_kwargs return_assistant_tokens_mask "
+    "bos_token eos_token unk_token sep_token pad_token cls_token mask_token raise_exception strftime_now namespace "
+    "dict range cycler joiner lipsum self loop caller varargs "
     "kwargs".split()
 )
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # the names one field has had
@@ -57,7 +60,8 @@ BUILTIN: dict[str, str] = {
 
 
 class ChatTemplate:
-    """One compiled template, or several by name of which "tool_use" is taken when there are tools and "default" otherwise.
+    """One compiled template, or several by name of which "tool_use" is taken when there are tools and "default"
+    otherwise.
 
     source: Jinja text. special_tokens: "bos_token" and the like -> text. limits: bounds of one rendering. clock: what
     strftime_now reads. Raises TemplateError when the source cannot be compiled.
@@ -80,7 +84,10 @@ class ChatTemplate:
             if name in self.sources:
                 self._codes[name] = compile_template(self.sources[name], self.limits)
         if "default" not in self._codes:
-            raise TemplateError(f"chat template: none is named 'default' (found: {', '.join(self.sources) or 'none'}); choose one by name")
+            raise TemplateError(
+                f"chat template: none is named 'default' (found: {', '.join(self.sources) or 'none'}); choose one by "
+                f"name"
+            )
 
     def render(
         self,
@@ -96,14 +103,16 @@ class ChatTemplate:
 
         add_generation_prompt: end with the header of the assistant's answer (default: unless a message is continued).
         continue_final_message: end inside the last message, for the model to go on with it (prefill).
-        variables: further values for the template (`enable_thinking`, ...), as a server takes them from its clients; they cannot
-        replace any argument above, a special token or a function of the environment.
+        variables: further values for the template (`enable_thinking`, ...), as a server takes them from its clients;
+        they cannot replace any argument above, a special token or a function of the environment.
         Raises TemplateError when an argument is unusable, and when the template refuses it or exceeds its bounds.
         """
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
         if add_generation_prompt and continue_final_message:
-            raise TemplateError("add_generation_prompt and continue_final_message exclude each other: a new answer or the last one")
+            raise TemplateError(
+                "add_generation_prompt and continue_final_message exclude each other: a new answer or the last one"
+            )
         chat = _conversation(messages)
         name = "tool_use" if tools and "tool_use" in self._codes else "default"
         final = _tag_final(chat, self.sources[name]) if continue_final_message else ""
@@ -122,16 +131,18 @@ class ChatTemplate:
 def chat_template(tokenizer: Tokenizer, choice: str | None = None) -> ChatTemplate:
     """The template to use with `tokenizer`.
 
-    choice: None for the model's own, the name of one of its own or of a built-in (chatml, llama3, plain), or a file of Jinja text.
-    Raises TemplateError; a base model without a template is refused, because guessing a format silently spoils the answers.
+    choice: None for the model's own, the name of one of its own or of a built-in (chatml, llama3, plain), or a file of
+    Jinja text.
+    Raises TemplateError; a base model without a template is refused, because guessing a format silently spoils the
+    answers.
     """
     own = tokenizer.chat_template
     tokens = tokenizer.special_tokens
     if choice is None:
         if own is None:
             raise TemplateError(
-                "the model has no chat template (a base model cannot chat): complete a prompt instead, or say how to write a "
-                f"conversation with --chat-template FILE, or one of {', '.join(BUILTIN)}"
+                "the model has no chat template (a base model cannot chat): complete a prompt instead, or say how to "
+                f"write a conversation with --chat-template FILE, or one of {', '.join(BUILTIN)}"
             )
         return ChatTemplate(own, tokens)
     if isinstance(own, dict) and choice in own:
@@ -172,7 +183,9 @@ class _Plain:
             return {str(k): self.copy(v, depth + 1) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.copy(v, depth + 1) for v in value]
-        raise TemplateError(f"{self._where}: {type(value).__name__!r} values cannot be given to a chat template, only JSON types")
+        raise TemplateError(
+            f"{self._where}: {type(value).__name__!r} values cannot be given to a chat template, only JSON types"
+        )
 
 
 def _objects(values: Sequence[Mapping[str, Any]] | None, where: str) -> list[dict[str, Any]] | None:
@@ -185,7 +198,8 @@ def _objects(values: Sequence[Mapping[str, Any]] | None, where: str) -> list[dic
 
 
 def _conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Copies without null entries (templates test whether a key is there), with reasoning under each name templates know."""
+    """Copies without null entries (templates test whether a key is there), with reasoning under each name templates
+    know."""
     chat = _objects(messages, "messages")
     if not chat:
         raise TemplateError("messages: empty; give at least one message with role and content")
@@ -204,7 +218,9 @@ def _conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 def _variables(variables: Mapping[str, Any], special_tokens: Mapping[str, str]) -> dict[str, Any]:
     for name in variables:
         if not isinstance(name, str) or not name.isidentifier() or name.startswith("_") or len(name) > MAX_NAME:
-            raise TemplateError(f"template variable {name!r:.100}: not a name of at most {MAX_NAME} letters, digits and underscores")
+            raise TemplateError(
+                f"template variable {name!r:.100}: not a name of at most {MAX_NAME} letters, digits and underscores"
+            )
         if name in RESERVED or name in special_tokens:
             raise TemplateError(f"template variable {name!r}: is set by the engine and cannot be replaced")
     copied: dict[str, Any] = _Plain("template variables").copy(dict(variables))
@@ -233,6 +249,8 @@ def _tag_final(chat: list[dict[str, Any]], source: str) -> str:
 def _cut(text: str, final: str) -> str:
     at = text.rfind(_TAG.strip())
     if at < 0 or final.strip() not in text:
-        raise TemplateError("continue_final_message: the template drops or changes the last message; give it a role the template keeps")
+        raise TemplateError(
+            "continue_final_message: the template drops or changes the last message; give it a role the template keeps"
+        )
     kept = text[:at]
     return kept if text.startswith(_TAG, at) else kept.rstrip()

@@ -25,12 +25,11 @@ from paceline.core.errors import CheckpointError, RequestError
 MAX_FILE = 256 << 20  # bytes of tokenizer.json, vocab.json or merges.txt; the largest in use is about 35 MB
 MAX_TEMPLATE = 4 << 20
 MAX_CHARS = 64 << 20  # of one text to encode
-MAX_IDS = 1 << 26
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BPE_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
-_PRE_OF_MODEL = {"gpt2": "gpt-2", "qwen2": "qwen2", "qwen2_moe": "qwen2", "qwen3": "qwen2", "qwen3_moe": "qwen2", "llama": "llama-bpe",
-                 "starcoder2": "starcoder", "falcon": "falcon", "olmo": "olmo"}  # fmt: skip
+_PRE_OF_MODEL = {"gpt2": "gpt-2", "qwen2": "qwen2", "qwen2_moe": "qwen2", "qwen3": "qwen2", "qwen3_moe": "qwen2",
+                 "llama": "llama-bpe", "starcoder2": "starcoder", "falcon": "falcon", "olmo": "olmo"}  # fmt: skip
 
 
 class Tokenizer:
@@ -55,8 +54,8 @@ class Tokenizer:
     def from_folder(cls, path: str | Path, pre: str | None = None) -> Tokenizer:
         """Load tokenizer.json, or a byte-level BPE vocabulary with its merges.
 
-        pre: for folders without tokenizer.json, the name of the rule that splits text into words (`pretokenize`); by default it
-        follows from config.json, and is GPT-2's for a vocabulary that has GPT-2's <|endoftext|>.
+        pre: for folders without tokenizer.json, the name of the rule that splits text into words (`pretokenize`); by
+        default it follows from config.json, and is GPT-2's for a vocabulary that has GPT-2's <|endoftext|>.
         Raises CheckpointError for missing, corrupt or contradictory files.
         """
         folder = Path(path)
@@ -105,7 +104,8 @@ class Tokenizer:
             raise RequestError(f"prompt: cannot be tokenized ({str(e)[:300]})") from e
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary nothing. Raises RequestError."""
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary nothing. Raises
+        RequestError."""
         try:
             return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
         except (OverflowError, TypeError, ValueError) as e:
@@ -116,7 +116,8 @@ class Tokenizer:
         return self.backend.id_to_token(token) if 0 <= token < 1 << 32 else None
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that `token` stands for inside a text, without regard to its neighbours; b"" for an id without a token.
+        """The bytes that `token` stands for inside a text, without regard to its neighbours; b"" for an id without a
+        token.
 
         Raises RequestError for a negative id.
         """
@@ -150,8 +151,8 @@ class Tokenizer:
         """Raises CheckpointError when the tokenizer has ids that the model's embedding of n_vocab_model rows lacks."""
         if self.n_vocab > n_vocab_model:
             raise CheckpointError(
-                f"the tokenizer has {self.n_vocab} token ids and the model {n_vocab_model} embeddings: they belong to different "
-                "models, or tokens were added without resizing the model"
+                f"the tokenizer has {self.n_vocab} token ids and the model {n_vocab_model} embeddings: they belong to "
+                "different models, or tokens were added without resizing the model"
             )
 
     def _named(self, name: str) -> int | None:
@@ -246,7 +247,8 @@ def _added(fields: Mapping[str, Any], where: str) -> AddedToken:
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: Mapping[str, Any]) -> None:
-    """Tokens that tokenizer_config.json or added_tokens.json know and tokenizer.json lacks; then the named ones as special."""
+    """Tokens that tokenizer_config.json or added_tokens.json know and tokenizer.json lacks; then the named ones as
+    special."""
     wanted: list[tuple[int, AddedToken]] = []
     table = config.get("added_tokens_decoder") or {}
     if not isinstance(table, dict):
@@ -271,8 +273,8 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: Mapping[str
             backend.add_tokens([token])
         if backend.token_to_id(token.content) != i:
             raise CheckpointError(
-                f"{folder}: token {token.content[:80]!r} should have the id {i} and gets {backend.token_to_id(token.content)}; "
-                "tokenizer.json and the added tokens belong to different models"
+                f"{folder}: token {token.content[:80]!r} should have the id {i} and gets "
+                f"{backend.token_to_id(token.content)}; tokenizer.json and the added tokens belong to different models"
             )
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     missing = [text for text in dict.fromkeys(_special(config).values()) if text not in special]
@@ -302,8 +304,10 @@ def _from_bpe_files(
 def _no_tokenizer(folder: Path) -> str:
     if (folder / "tokenizer.model").is_file():
         return (
-            f"{folder}: has only a SentencePiece tokenizer.model; make a tokenizer.json once, with transformers and sentencepiece "
-            "installed: python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('FOLDER').save_pretrained('FOLDER')\""
+            f"{folder}: has only a SentencePiece tokenizer.model; make a tokenizer.json once, with transformers and "
+            f"sentencepiece "
+            'installed: python -c "from transformers import AutoTokenizer as T; '
+            "T.from_pretrained('FOLDER').save_pretrained('FOLDER')\""
         )
     return f"{folder}: has no tokenizer.json (nor vocab.json with merges.txt); copy it from the model's original folder"
 
@@ -316,8 +320,8 @@ def _pre_of(folder: Path, vocab: Mapping[str, int]) -> str:
     if "<|endoftext|>" in vocab:
         return "gpt-2"
     raise CheckpointError(
-        f"{folder}: has a BPE vocabulary but nothing that says how text is split into words; add the model's tokenizer.json, or name "
-        "the rule (pre='llama-bpe', 'qwen2', ...)"
+        f"{folder}: has a BPE vocabulary but nothing that says how text is split into words; add the model's "
+        "tokenizer.json, or name the rule (pre='llama-bpe', 'qwen2', ...)"
     )
 
 

@@ -1,9 +1,11 @@
-"""Vocabularies as `tokenizers` pipelines: byte-level BPE from ranks, and what a GGUF file carries under `tokenizer.ggml.*`.
+"""Vocabularies as `tokenizers` pipelines: byte-level BPE from ranks, and what a GGUF file carries under
+`tokenizer.ggml.*`.
 
-A GGUF vocabulary of model "llama" is SentencePiece BPE: no merge list, but a score per token; of all adjacent pairs whose
-concatenation is a token the one with the best score is merged next, the leftmost first among equals. `tokenizers` orders merges
-by rank, so each way of composing a token becomes a merge, ranked by the token's score. Model "gpt2" is byte-level BPE with
-explicit merges and a named pre-tokenizer. (Key names: github.com/ggml-org/ggml, docs/gguf.md; SentencePiece: arXiv:1808.06226)
+A GGUF vocabulary of model "llama" is SentencePiece BPE: no merge list, but a score per token; of all adjacent pairs
+whose concatenation is a token the one with the best score is merged next, the leftmost first among equals. `tokenizers`
+orders merges by rank, so each way of composing a token becomes a merge, ranked by the token's score. Model "gpt2" is
+byte-level BPE with explicit merges and a named pre-tokenizer. (Key names: github.com/ggml-org/ggml, docs/gguf.md;
+SentencePiece: arXiv:1808.06226)
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ _NAMED = {
 }
 # Texts that end a turn or a document in the families that exist; a file rarely names more than one of its own.
 _ENDS = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <end_of_turn> <|endoftext|> <|eom_id|> <EOT> _<EOT> <|end_of_text|> "
+    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <end_of_turn> <|endoftext|> <|eom_id|> <EOT> _<EOT> "  # noqa: SIM905
+    "<|end_of_text|> "
     "<end_of_utterance> <｜end▁of▁sentence｜>".split()
 )
 
@@ -85,8 +88,8 @@ def byte_level_bpe(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], 
     for left, right in merges:
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise CheckpointError(
-                f"merge {left[:80]!r} + {right[:80]!r} needs a token that the vocabulary lacks; vocabulary and merges belong to "
-                "different models or one of them is corrupt"
+                f"merge {left[:80]!r} + {right[:80]!r} needs a token that the vocabulary lacks; vocabulary and merges "
+                "belong to different models or one of them is corrupt"
             )
     backend = _backend(models.BPE(vocab=dict(vocab), merges=list(merges), ignore_merges=pre.ignore_merges))
     normalizer = pre.normalizer()
@@ -127,7 +130,8 @@ def gguf_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
 
 
 class _Fields:
-    """The tokenizer keys of one file, checked: equal lengths, known types, finite scores, ids in range, no token twice."""
+    """The tokenizer keys of one file, checked: equal lengths, known types, finite scores, ids in range, no token
+    twice."""
 
     def __init__(self, metadata: Mapping[str, Any], **defaults: int):
         self.metadata = metadata
@@ -212,7 +216,8 @@ class _Fields:
                 continue
             if type(value) is not int or not 0 <= value < len(self.tokens):
                 raise CheckpointError(
-                    f"tokenizer.ggml.{name}_token_id: {value!r:.40} is not an id below {len(self.tokens)}, the vocabulary's size"
+                    f"tokenizer.ggml.{name}_token_id: {value!r:.40} is not an id below {len(self.tokens)}, the "
+                    f"vocabulary's size"
                 )
             found[name] = value
         return found
@@ -302,9 +307,9 @@ def _check_bytes(fields: _Fields) -> bool:
 def derive_merges(fields: _Fields, scores: Sequence[float]) -> list[tuple[str, str]]:
     """Every way of composing a normal token of two others, best score first.
 
-    Control, unknown, byte and unused tokens take no part, as in SentencePiece. Among equal scores the longer token goes first,
-    then the longer left part: that makes a run of one character grow from the left, as merging leftmost first does (Llama's
-    tokens of 2 to 16 spaces all have one score).
+    Control, unknown, byte and unused tokens take no part, as in SentencePiece. Among equal scores the longer token goes
+    first, then the longer left part: that makes a run of one character grow from the left, as merging leftmost first
+    does (Llama's tokens of 2 to 16 spaces all have one score).
     """
     normal = {
         t
@@ -319,8 +324,9 @@ def derive_merges(fields: _Fields, scores: Sequence[float]) -> list[tuple[str, s
     distinct = len({scores[fields.ids[token]] for token in whole})
     if len(whole) > 16 and distinct < len(whole) // 2:
         raise CheckpointError(
-            f"tokenizer.ggml.scores: only {distinct} different scores for {len(whole)} tokens, which do not say in what order to "
-            "merge; convert the model again from its tokenizer.model, or put its tokenizer.json beside the file"
+            f"tokenizer.ggml.scores: only {distinct} different scores for {len(whole)} tokens, which do not say in "
+            "what order to merge; convert the model again from its tokenizer.model, or put its tokenizer.json beside "
+            "the file"
         )
     ways = [
         (-scores[fields.ids[token]], -len(token), fields.ids[token], -cut, token)

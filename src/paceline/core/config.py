@@ -79,7 +79,9 @@ class ModelFacts:
 
     name: str
     model_type: str
-    context: int
+    context: int  # what it was made for
+    max_context: int  # as far as its positions reach
+    position_bytes: int  # tables per position of the context (rotary)
     n_vocab: int
     d_model: int
     d_widest: int  # columns of the widest activation
@@ -116,7 +118,8 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        return self.model.weight_bytes + self.kv_bytes + activation_bytes(self.model, self.limits) + RUNTIME_BYTES
+        fixed = activation_bytes(self.model, self.limits) + self.context * self.model.position_bytes + RUNTIME_BYTES
+        return self.model.weight_bytes + self.kv_bytes + fixed
 
     def describe(self) -> dict[str, Any]:
         """Plain data for JSON and tables."""
@@ -174,8 +177,8 @@ def resolve(
     backend, isa = _backend(config, machine, problems)
     techniques, dropped = _techniques(config, lookup, defaults, problems)
     kv_dtype = config.kv_dtype if config.kv_dtype != "auto" else ("float32" if model.dtype == "float32" else "bfloat16")
-    if config.context is not None and config.context > model.context:
-        problems.append(f"context = {config.context}: the model was made for at most {model.context}; ask for less")
+    if config.context is not None and config.context > model.max_context:
+        problems.append(f"context = {config.context}: the model's positions reach to {model.max_context}; ask for less")
     if problems:
         raise ConfigError(problems)
     per_token = kv_bytes_per_token(model.states, kv_dtype)
@@ -252,7 +255,7 @@ def _memory(
     notes: list[str] = []
     fixed = model.weight_bytes + activation_bytes(model, limits) + RUNTIME_BYTES
     left = machine.memory - fixed
-    page_bytes = max(1, per_token * config.page_size)
+    page_bytes = max(1, (per_token + model.position_bytes) * config.page_size)
     fits = max(0, (left if config.kv_memory is None else min(left, config.kv_memory)) // page_bytes) * config.page_size
     wanted = config.context or model.context
     if left < 0 or fits < min(wanted, config.page_size):

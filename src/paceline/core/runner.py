@@ -185,9 +185,8 @@ class Runner:
             return
         for policy in self.parts.kv_policy:
             policy.after_commit(seq, self.cache)
-        if self.parts.prefix is not None:
-            n = min(seq.n_computed, len(seq.tokens))
-            self.parts.prefix.insert(seq.tokens[:n], seq.kv, seq.request.salt)
+        if self.parts.prefix is not None and seq.finish_reason != "error":
+            self.parts.prefix.insert(seq.tokens, seq.kv, seq.request.salt)
         self.cache.trim(seq.kv)
 
 

@@ -38,10 +38,21 @@ class Bound:
     batch: Batch
     derived: dict[Any, Any] = field(default_factory=dict)
 
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+    def once(self, key: Any, make: Callable[..., Any], *args: Any) -> Any:
         if key not in self.derived:
-            self.derived[key] = make()
+            self.derived[key] = make(*args)
         return self.derived[key]
+
+
+@dataclass(frozen=True)
+class _Sight:
+    """What rows lo .. hi of a sequence see of a group: entries at (pages, offsets), and which of them each row sees."""
+
+    lo: int
+    hi: int
+    pages: Array
+    offsets: Array
+    entries: list[Any]
 
 
 class _Cache:
@@ -268,15 +279,9 @@ class ReferenceOps:
             at, heads = group.group.layers.index(layer), self._index(np.array(group.group.heads))
             self._write(group, group.k[at], k[:, heads])
             self._write(group, group.v[at], v[:, heads])
-            index = visible.row_indices(b, group)
-            for s in range(b.n_seqs):
-                lo, hi = int(b.cu_rows[s]), int(b.cu_rows[s + 1])
-                if lo == hi:
-                    continue
-                start = int(visible.first_seen(index[lo:hi], spec.window).min())
-                keys, values = (self._read(pool[at], group, s, start) for pool in (group.k, group.v))
-                for r in range(lo, hi):
-                    entries = _run(visible.seen(b, r, s, int(index[r]), spec.window) - start)
+            for sight in batch.once(("sights", g, spec.window), self._sights, b, group, spec.window):
+                keys, values = (self._read(pool[at], sight) for pool in (group.k, group.v))
+                for r, entries in zip(range(sight.lo, sight.hi), sight.entries, strict=True):
                     out[r, heads] = self._attend(q[r, heads], keys[:, entries], values[:, entries], spec)
         return xp.reshape(out, (n_rows, spec.n_heads * spec.dim))
 
@@ -296,12 +301,24 @@ class ReferenceOps:
             entries = self._as(entries, pool.dtype)
         pool[self._index(group.slots // size), :, self._index(group.slots % size)] = entries
 
-    def _read(self, pool: Array, group: GroupBatch, seq: int, start: int) -> Array:
-        """Entries start .. lens[seq] - 1 of a sequence, (heads, n, dim) in the compute dtype."""
-        index = np.arange(start, int(group.lens[seq]))
-        pages = group.tables[seq, index // group.group.page_size]
-        assert (pages >= 0).all(), "a row sees an entry whose page was released"
-        entries = pool[self._index(pages), :, self._index(index % group.group.page_size)]
+    def _sights(self, batch: Batch, group: GroupBatch, window: int | None) -> list[_Sight]:
+        """One for each sequence that has rows."""
+        index, size, out = visible.row_indices(batch, group), group.group.page_size, []
+        for s in range(batch.n_seqs):
+            lo, hi = int(batch.cu_rows[s]), int(batch.cu_rows[s + 1])
+            if lo == hi:
+                continue
+            start = int(visible.first_seen(index[lo:hi], window).min())
+            seen = np.arange(start, int(group.lens[s]))
+            pages = group.tables[s, seen // size]
+            assert (pages >= 0).all(), "a row sees an entry whose page was released"
+            entries = [_run(visible.seen(batch, r, s, int(index[r]), window) - start) for r in range(lo, hi)]
+            out.append(_Sight(lo, hi, self._index(pages), self._index(seen % size), entries))
+        return out
+
+    def _read(self, pool: Array, sight: _Sight) -> Array:
+        """The entries in sight, (heads, n, dim) in the compute dtype."""
+        entries = pool[sight.pages, :, sight.offsets]
         return self._as(self.xp.permute_dims(entries, (1, 0, 2)), self.dtype)
 
     # ---------------------------------------------------------------- experts

@@ -203,11 +203,10 @@ class RadixIndex:
             heapify(self._leaves)
 
     def _split(self, node: Node, n: int) -> Node:
-        """Cut a node after its first n pages; the new upper part."""
+        """Cut a node after its first n pages; the new upper part, for the caller to touch."""
         assert node.parent is not None
         cut = n * self.page_size
         upper = Node(next(self._ids), node.parent, node.tokens[:cut], [pages[:n] for pages in node.pages])
-        upper.used = node.used
         node.parent.children[self._key(node.tokens, 0)] = upper
         node.parent, node.tokens, node.pages = upper, node.tokens[cut:], [pages[n:] for pages in node.pages]
         upper.children[self._key(node.tokens, 0)] = node
@@ -254,8 +253,6 @@ class RadixIndex:
                     freed += self._drop_tail(below, group)
             while freed < n and node.parent is not None and any(refs[page] == 1 for page in node.pages[group]):
                 freed += self._drop_tail(node, group)
-            if node.parent is not None:
-                self._offer(node)
             if freed >= n:
                 break
         return freed
