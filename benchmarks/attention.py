@@ -79,17 +79,29 @@ class Case:
         return times[1:]
 
 
-def measure(ops: NativeOps, shape: Shape, mode: str, kv: str, budget: float, ceilings: dict[str, float]) -> dict[str, Any]:
+def measure(
+    ops: NativeOps, shape: Shape, mode: str, kv: str, budget: float, ceilings: dict[str, float]
+) -> dict[str, Any]:
     decode = mode == "decode"
     case = Case(ops, shape, 8192 if decode else 2048, 1 if decode else 2048, shape.n_layers if decode else 1, kv)
     times = case.seconds(budget)
     best = min(times)
     rate = case.bytes / best if decode else case.flop / best
     ceiling = ceilings["bandwidth"] if decode else ceilings["peak_f32"]
-    row = {"shape": shape.name, "mode": mode, "kv": kv, "best_ms": 1e3 * best, "median_ms": 1e3 * float(np.median(times)),
-           "GB/s": case.bytes / best / 1e9, "GFLOP/s": case.flop / best / 1e9, "share": rate / ceiling if ceiling else None}  # fmt: skip
-    print(f"{shape.name:14} {mode:8} {row['best_ms']:9.3f} ms {row['GB/s']:7.1f} GB/s {row['GFLOP/s']:8.1f} GFLOP/s"
-          f"   share {row['share'] or 0:.0%} of the {'bandwidth' if decode else 'peak'}")  # fmt: skip
+    row = {
+        "shape": shape.name,
+        "mode": mode,
+        "kv": kv,
+        "best_ms": 1e3 * best,
+        "median_ms": 1e3 * float(np.median(times)),
+        "GB/s": case.bytes / best / 1e9,
+        "GFLOP/s": case.flop / best / 1e9,
+        "share": rate / ceiling if ceiling else None,
+    }
+    print(
+        f"{shape.name:14} {mode:8} {row['best_ms']:9.3f} ms {row['GB/s']:7.1f} GB/s {row['GFLOP/s']:8.1f} GFLOP/s"
+        f"   share {row['share'] or 0:.0%} of the {'bandwidth' if decode else 'peak'}"
+    )
     return row
 
 
@@ -102,7 +114,9 @@ def main() -> None:
     args = parser.parse_args()
     ops = NativeOps(args.isa, args.threads)
     ceilings = {"bandwidth": ops.device.read_bandwidth(), "peak_f32": ops.device.peak("f32", 0.3)}
-    print(f"{ops.isa}, {ops.n_threads} threads: {ceilings['bandwidth'] / 1e9:.1f} GB/s, {ceilings['peak_f32'] / 1e9:.0f} GFLOP/s float32")
+    print(
+        f"{ops.isa}, {ops.n_threads} threads: {ceilings['bandwidth'] / 1e9:.1f} GB/s, {ceilings['peak_f32'] / 1e9:.0f} GFLOP/s float32"
+    )
     rows = [measure(ops, s, mode, args.kv, args.seconds, ceilings) for s in SHAPES for mode in ("decode", "prefill")]
     print(json.dumps({"benchmark": "attention", "isa": ops.isa, "threads": ops.n_threads, **ceilings, "cases": rows}))
 

@@ -30,15 +30,14 @@ constexpr int64_t kSmall = 1 << 21;  // multiply-adds that are not worth waking 
 constexpr float kLog2e = 1.44269504f;
 
 // The block after this one, fetched evenly while this one is worked on: a burst would fill the line buffers and stall. A block has
-// four phases (keys, scores, values out, values in), each touches a quarter of every entry's lines.
+// four phases (keys, values, scores, sums); each touches every second line of the next block's key or value rows.
 struct Ahead {
-  const char* const* entry;  // key and value rows of kBlock indices
-  int64_t lines, phase;      // cache lines per row
+  const char* const* row;  // of kBlock indices
+  int64_t first, bytes;    // where to begin in a row, and its length
 
   PL_INLINE void touch(int64_t j) const {
     if (j >= kBlock) return;
-    for (int64_t l = phase; l < 2 * lines; l += 4)
-      __builtin_prefetch(l < lines ? entry[j] + 64 * l : entry[kBlock + j] + 64 * (l - lines), 0, 1);
+    for (int64_t b = first; b < bytes; b += 128) __builtin_prefetch(row[j] + b, 0, 2);
   }
   void rest(int64_t j) const {
     for (; j < kBlock; ++j) touch(j);
@@ -101,7 +100,7 @@ PL_INLINE size_t width(Dtype t) { return t == Dtype::f32 ? 4 : 2; }
 void store_row(Dtype t, void* to, const float* x, int64_t n) {
   if (t == Dtype::f32) {
     memcpy(to, x, static_cast<size_t>(n) * 4);
-    if (j >= kBlock) return;
+    return;
   }
   auto* p = static_cast<uint16_t*>(to);
   for (int64_t i = 0; i < n; i += 16) {
@@ -456,8 +455,8 @@ void attend(const Job& j, const Unit& u, int thread) {
   if (u.part < 0) clear(s.total, pairs, j.wide);
   int64_t offsets[2][kBlock];
   const char* rows[2 * kBlock];
-  const int64_t lines = ceil_div(entries.row_bytes, 64);
-  const Ahead ahead[4] = {{rows, lines, 0}, {rows, lines, 1}, {rows, lines, 2}, {rows, lines, 3}};
+  const int64_t bytes = entries.row_bytes;
+  const Ahead ahead[4] = {{rows, 0, bytes}, {rows, 64, bytes}, {rows + kBlock, 0, bytes}, {rows + kBlock, 64, bytes}};
   const int64_t end = min_of((u.chunk + u.n_chunks) * kChunk, range.end), per_chunk = kChunk / kBlock;
   int64_t b = max_of(u.chunk * kChunk, range.begin) / kBlock;
   entries.offsets(b * kBlock, offsets[b & 1]);
@@ -551,7 +550,7 @@ void attention(const Ctx& c, const AttentionArgs& a) {
   if (p.work < kSmall) {
     for (int64_t i = 0; i < p.n_units; ++i) attend(j, p.units[i], 0);
     for (int64_t i = 0; i < p.n_cut; ++i) join(j, p.cut[i], 0);
-    if (j >= kBlock) return;
+    return;
   }
   parallel(c, p.n_units, [&](int64_t i, int thread) { attend(j, p.units[i], thread); });
   parallel(c, p.n_cut, [&](int64_t i, int thread) { join(j, p.cut[i], thread); });

@@ -11,13 +11,13 @@ import threading
 from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from paceline.assemble import Assembled, Progress, assemble
-from paceline.checkpoints.base import Checkpoint
 from paceline.checkpoints import templates
+from paceline.checkpoints.base import Checkpoint
 from paceline.core.config import EngineConfig, Plan
 from paceline.core.errors import ConfigError, PacelineError, RequestError
 from paceline.core.sequence import Sequence as TokenSequence
@@ -114,7 +114,7 @@ class LLM:
         outputs = self._run([self._request(p, params, generate=False) for p in many], many)
         return [np.array([lp.logprob for lp in (o.prompt_logprobs or []) if lp is not None]) for o in outputs]
 
-    def embed(self, prompts: Prompt | Sequence[Prompt], pool: str = "mean") -> np.ndarray:
+    def embed(self, prompts: Prompt | Sequence[Prompt], pool: Literal["mean", "last"] = "mean") -> np.ndarray:
         """Pooled final hidden states, float32 (n_prompts, d_model). pool: mean over tokens, or last."""
         if pool not in ("mean", "last"):
             raise RequestError(f"pool = {pool!r}: must be mean or last")
@@ -220,7 +220,8 @@ def make_config(base: EngineConfig, options: Mapping[str, Any]) -> EngineConfig:
     unknown = sorted(set(options) - known)
     if unknown:
         raise ConfigError([f"option {name!r} is unknown; there are {', '.join(sorted(known))}" for name in unknown])
-    return replace(base, **{k: tuple(v) if k == "use" else v for k, v in options.items()})
+    changes: dict[str, Any] = {k: tuple(v) if k == "use" else v for k, v in options.items()}
+    return replace(base, **changes)
 
 
 def params_from(generation: Mapping[str, Any]) -> SamplingParams:

@@ -8,7 +8,7 @@ import pytest
 
 from paceline.assemble import native_isas
 
-from .tiny import CONFIG, WINDOWED, tiny_model
+from .tiny import WINDOWED, tiny_model
 
 BACKENDS = ["reference"] + (["native"] if native_isas() else [])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import ml_dtypes
 import numpy as np
@@ -38,12 +39,21 @@ def text(seed: int, n: int, spec: AttnSpec) -> Text:
 class Cache:
     """One layer's pools and the pages of each sequence; `heads` and `page_sizes` name one group each."""
 
-    def __init__(self, spec: AttnSpec, n_slots: int, page_sizes: Sequence[int] = (16,), dtype: str = "float32",
-                 heads: Sequence[Sequence[int]] | None = None, seed: int = 0):  # fmt: skip
+    def __init__(
+        self,
+        spec: AttnSpec,
+        n_slots: int,
+        page_sizes: Sequence[int] = (16,),
+        dtype: str = "float32",
+        heads: Sequence[Sequence[int]] | None = None,
+        seed: int = 0,
+    ):
         self.spec, self.rng = spec, np.random.default_rng(seed)
         heads = heads or [range(spec.n_kv_heads)]
         kv = KV(spec.n_kv_heads, spec.dim)
-        self.groups = [KVGroup(i, kv, (0,), tuple(h), p) for i, (h, p) in enumerate(zip(heads, page_sizes, strict=True))]
+        self.groups = [
+            KVGroup(i, kv, (0,), tuple(h), p) for i, (h, p) in enumerate(zip(heads, page_sizes, strict=True))
+        ]
         shapes = [(-(-n_slots // g.page_size) + 64, len(g.heads), g.page_size, spec.dim) for g in self.groups]
         self.k = [np.full(s, np.nan, DTYPES[dtype]) for s in shapes]
         self.v = [np.full(s, np.nan, DTYPES[dtype]) for s in shapes]
@@ -57,7 +67,9 @@ class Cache:
             pages.append(int(self.free[g].pop()))
         return pages[index // size] * size + index % size
 
-    def step(self, ops, parts: Sequence[tuple[int, Text]], masks: Sequence[Sequence[int]] | None = None) -> list[np.ndarray]:
+    def step(
+        self, ops, parts: Sequence[tuple[int, Text]], masks: Sequence[Sequence[int]] | None = None
+    ) -> list[np.ndarray]:
         """The next rows of some sequences; returns what each attended to. `masks`: one list of ints per part."""
         start = [self.lens.get(s, 0) for s, _ in parts]
         for s, rows in parts:
@@ -71,10 +83,13 @@ class Cache:
         batch = Batch(zeros, zeros, cu, np.zeros(0, np.int32), groups, [list(range(len(groups)))], mask, tail)
         q, k, v = (np.concatenate([getattr(t, f) for _, t in parts]) for f in ("q", "k", "v"))
         out = np.array(ops.attention(q, k, v, ops.begin(batch), 0, self.spec))
-        return [out[a:b] for a, b in zip(cu, cu[1:], strict=False)]
+        return [out[a:b] for a, b in pairwise(cu)]
 
     def _group(self, g: int, parts: Sequence[tuple[int, Text]], start: Sequence[int]) -> GroupBatch:
-        slots = np.array([self.slot(g, s, i) for (s, t), at in zip(parts, start, strict=True) for i in range(at, at + len(t))], np.int64)
+        slots = np.array(
+            [self.slot(g, s, i) for (s, t), at in zip(parts, start, strict=True) for i in range(at, at + len(t))],
+            np.int64,
+        )
         n_pages = max(len(self.pages[g][s]) for s, _ in parts)
         tables = np.full((len(parts), n_pages), -1, np.int32)
         for row, (s, _) in zip(tables, parts, strict=True):

@@ -56,8 +56,17 @@ def test_stored_rounded_to_nearest_even(ops, dtype):
     assert np.isnan(cache.k[0].astype(np.float32)).sum() == cache.k[0].size - t.k.size  # and nothing else was touched
 
 
-def walk(ops, t: Text, s: AttnSpec, chunks: list[int], page_size: int = 16, dtype: str = "bfloat16", seed: int = 0,
-         others: int = 0, heads=None) -> np.ndarray:  # fmt: skip
+def walk(
+    ops,
+    t: Text,
+    s: AttnSpec,
+    chunks: list[int],
+    page_size: int = 16,
+    dtype: str = "bfloat16",
+    seed: int = 0,
+    others: int = 0,
+    heads=None,
+) -> np.ndarray:
     """The text in chunks, in each step beside `others` unrelated sequences."""
     n_groups = len(heads) if heads else 1
     cache = Cache(s, (others + 1) * (len(t) + 40), [page_size * 2**g for g in range(n_groups)], dtype, heads, seed)

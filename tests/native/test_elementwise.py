@@ -13,7 +13,10 @@ from paceline.core.batch import Batch
 from paceline.ops import Experts, Rope
 
 WIDTHS = [1, 7, 16, 63, 64, 65, 200, 576]
-SPECIAL = np.array([0, -0.0, 1e-30, -1e-30, 0.624, 0.626, 1, -1, 9, -9, 30, -30, 88, -88, 100, -100, 1e4, -1e4, 3e38, -3e38], np.float32)
+SPECIAL = np.array(
+    [0, -0.0, 1e-30, -1e-30, 0.624, 0.626, 1, -1, 9, -9, 30, -30, 88, -88, 100, -100, 1e4, -1e4, 3e38, -3e38],
+    np.float32,
+)
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> np.ndarray:
@@ -97,7 +100,9 @@ def test_activations(ops, kind):
     grid = np.concatenate([np.linspace(-9, 30, 5001, dtype=np.float32), normal(1, 2000, scale=1e-3)])[:, None]
     got, want = np.asarray(ops.act(grid, kind)), exact_act(grid, kind)
     np.testing.assert_allclose(got, want, rtol=4e-6 if kind == "gelu_tanh" else 1e-6, atol=0)
-    np.testing.assert_allclose(np.asarray(ops.act(SPECIAL[None], kind)), exact_act(SPECIAL[None], kind), rtol=2e-6, atol=2e-37)
+    np.testing.assert_allclose(
+        np.asarray(ops.act(SPECIAL[None], kind)), exact_act(SPECIAL[None], kind), rtol=2e-6, atol=2e-37
+    )
     assert np.isnan(np.asarray(ops.act(np.full((1, 3), np.nan, np.float32), kind))).all()
     for n in WIDTHS:
         x = normal(n, 70, 2 * n)
@@ -110,7 +115,9 @@ def test_tanh(ops):
     """softcap with cap 1 is the hyperbolic tangent: at most 4e-7 off, relatively."""
     x = np.concatenate([np.linspace(-12, 12, 20001, dtype=np.float32), normal(1, 5000, scale=1e-3), SPECIAL])[:, None]
     np.testing.assert_allclose(np.asarray(ops.softcap(x, 1.0)), np.tanh(x.astype(np.float64)), rtol=4e-7, atol=0)
-    np.testing.assert_allclose(np.asarray(ops.softcap(x, 30.0)), 30 * np.tanh(x.astype(np.float64) / 30), rtol=6e-7, atol=1e-44)
+    np.testing.assert_allclose(
+        np.asarray(ops.softcap(x, 30.0)), 30 * np.tanh(x.astype(np.float64) / 30), rtol=6e-7, atol=1e-44
+    )
 
 
 @pytest.mark.parametrize("n", WIDTHS)
@@ -126,11 +133,23 @@ def test_strided_views(ops):
 
     def fn(a, batch):
         p, q, r = ops.split(a, sizes)
-        return ops.act(p, "silu"), ops.rms_norm(q, w, 1e-6), ops.gated(r, "gelu"), ops.add(p, p), ops.layer_norm(r, normal(8, 64), None, 1e-5)
+        return (
+            ops.act(p, "silu"),
+            ops.rms_norm(q, w, 1e-6),
+            ops.gated(r, "gelu"),
+            ops.add(p, p),
+            ops.layer_norm(r, normal(8, 64), None, 1e-5),
+        )
 
     got = [np.asarray(y) for y in ops.compile(fn, (104,))(x, step(ops, [0] * 20))]
     p, q, r = (np.ascontiguousarray(a) for a in np.split(x, [33, 40], axis=1))
-    want = [ops.act(p, "silu"), ops.rms_norm(q, w, 1e-6), ops.gated(r, "gelu"), ops.add(p, p), ops.layer_norm(r, normal(8, 64), None, 1e-5)]
+    want = [
+        ops.act(p, "silu"),
+        ops.rms_norm(q, w, 1e-6),
+        ops.gated(r, "gelu"),
+        ops.add(p, p),
+        ops.layer_norm(r, normal(8, 64), None, 1e-5),
+    ]
     for a, b in zip(got, want, strict=True):
         assert a.tobytes() == np.asarray(b).tobytes()
 
@@ -181,7 +200,9 @@ def test_move_reads_everything_first(ops, dtype):
     rng = np.random.default_rng(1)
     pool = rng.standard_normal((6, 3, 8, 5)).astype(dtype)
     src = rng.permutation(48)[:20]
-    dst = np.concatenate([src[1:10], rng.permutation(np.setdiff1d(np.arange(48), src[1:10]))[:11]])  # a shift that overlaps
+    dst = np.concatenate(
+        [src[1:10], rng.permutation(np.setdiff1d(np.arange(48), src[1:10]))[:11]]
+    )  # a shift that overlaps
     want = pool.transpose(0, 2, 1, 3).reshape(48, 3, 5).copy()
     want[dst] = want[src]
     ops.move(pool, src, dst)
@@ -191,12 +212,20 @@ def test_move_reads_everything_first(ops, dtype):
 # ---- experts ----
 
 
-@pytest.mark.parametrize(("n_experts", "n_active", "normalise"), [(4, 2, True), (20, 3, False), (1, 1, True), (5, 5, True)])
+@pytest.mark.parametrize(
+    ("n_experts", "n_active", "normalise"), [(4, 2, True), (20, 3, False), (1, 1, True), (5, 5, True)]
+)
 def test_moe(ops, n_experts, n_active, normalise):
     d, d_ff, n_rows = 24, 40, 30
     up = [normal(10 + e, 2 * d_ff, d) for e in range(n_experts)]
     down = [normal(50 + e, d, d_ff) for e in range(n_experts)]
-    experts = Experts([pack(w, "f32", 0, False)[0] for w in up], [pack(w, "f32", 0, False)[0] for w in down], n_active, "silu", normalise)
+    experts = Experts(
+        [pack(w, "f32", 0, False)[0] for w in up],
+        [pack(w, "f32", 0, False)[0] for w in down],
+        n_active,
+        "silu",
+        normalise,
+    )
     x, router = normal(1, n_rows, d), normal(2, n_rows, n_experts, scale=2)
     router[3] = 1.0  # ties: the lower ids
     want = np.zeros((n_rows, d))
@@ -213,8 +242,13 @@ def test_moe(ops, n_experts, n_active, normalise):
 
 
 def test_moe_row_of_nan_stays_alone(ops):
-    experts = Experts([pack(normal(e, 16, 8), "bf16", 0, False)[0] for e in range(4)],
-                      [pack(normal(9 + e, 8, 8), "bf16", 0, False)[0] for e in range(4)], 2, "gelu", True)  # fmt: skip
+    experts = Experts(
+        [pack(normal(e, 16, 8), "bf16", 0, False)[0] for e in range(4)],
+        [pack(normal(9 + e, 8, 8), "bf16", 0, False)[0] for e in range(4)],
+        2,
+        "gelu",
+        True,
+    )
     x, router = normal(1, 5, 8), normal(2, 5, 4)
     clean = np.array(ops.moe(x, router, experts))
     x[2], router[2] = np.nan, np.nan

@@ -14,8 +14,14 @@ TOLERANCE = 2e-5  # of mass: float32 weights
 
 def rows(x, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, u=0.5):
     n = len(x)
-    return (np.asarray(x, np.float32), np.broadcast_to(np.float32(temperature), n), np.broadcast_to(np.int32(top_k), n),
-            np.broadcast_to(np.float32(top_p), n), np.broadcast_to(np.float32(min_p), n), np.broadcast_to(np.float64(u), n))  # fmt: skip
+    return (
+        np.asarray(x, np.float32),
+        np.broadcast_to(np.float32(temperature), n),
+        np.broadcast_to(np.int32(top_k), n),
+        np.broadcast_to(np.float32(top_p), n),
+        np.broadcast_to(np.float32(min_p), n),
+        np.broadcast_to(np.float64(u), n),
+    )
 
 
 def acceptable(x, temperature, top_k, top_p, min_p, u) -> set[int]:
@@ -52,9 +58,14 @@ def draws(draw):
         x = np.round(x)  # many ties
     if draw(st.booleans()) and n > 2:
         x[rng.permutation(n)[: n // 3]] = -np.inf
-    return (x, np.float32(draw(st.sampled_from([0.05, 0.7, 1.0, 1.7, 50.0]))), draw(st.sampled_from([0, 1, 2, 10, 40, 10**6])),
-            np.float32(draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.999, 1.0]))), np.float32(draw(st.sampled_from([0.0, 1e-4, 0.05, 0.5, 1.0]))),
-            draw(st.floats(0, 1, exclude_max=True)))  # fmt: skip
+    return (
+        x,
+        np.float32(draw(st.sampled_from([0.05, 0.7, 1.0, 1.7, 50.0]))),
+        draw(st.sampled_from([0, 1, 2, 10, 40, 10**6])),
+        np.float32(draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.999, 1.0]))),
+        np.float32(draw(st.sampled_from([0.0, 1e-4, 0.05, 0.5, 1.0]))),
+        draw(st.floats(0, 1, exclude_max=True)),
+    )
 
 
 @settings(max_examples=400, deadline=None)
@@ -69,7 +80,12 @@ def test_sample_is_the_inverse_cdf(fast, case):
 def test_every_instruction_set(ops, isa_case):
     rng = np.random.default_rng(isa_case)
     x = (rng.standard_normal(2000) * rng.choice([0.5, 2, 6])).astype(np.float32)
-    args = (np.float32(rng.choice([0.5, 1.3])), int(rng.choice([0, 50])), np.float32(rng.choice([0.8, 1.0])), np.float32(rng.choice([0.0, 0.02])))
+    args = (
+        np.float32(rng.choice([0.5, 1.3])),
+        int(rng.choice([0, 50])),
+        np.float32(rng.choice([0.8, 1.0])),
+        np.float32(rng.choice([0.0, 0.02])),
+    )
     u = float(rng.random())
     assert int(ops.sample(*rows(x[None], *args, u))[0]) in acceptable(x, *args, u)
 
@@ -114,8 +130,14 @@ def test_unusable_rows_fail_alone(ops, temperature):
 def test_same_choice_in_any_batch(ops, ops1):
     rng = np.random.default_rng(3)
     x = rng.standard_normal((40, 5000)).astype(np.float32) * 3
-    args = (x, np.float32(rng.choice([0.0, 0.6, 1.5], 40)), np.int32(rng.choice([0, 20], 40)), np.float32(rng.choice([0.9, 1], 40)),
-            np.float32(rng.choice([0, 0.01], 40)), rng.random(40))  # fmt: skip
+    args = (
+        x,
+        np.float32(rng.choice([0.0, 0.6, 1.5], 40)),
+        np.int32(rng.choice([0, 20], 40)),
+        np.float32(rng.choice([0.9, 1], 40)),
+        np.float32(rng.choice([0, 0.01], 40)),
+        rng.random(40),
+    )
     whole = ops.sample(*args)
     assert [int(ops1.sample(*(a[i : i + 1] for a in args))[0]) for i in range(40)] == whole.tolist()
     same = NativeOps("generic", 1)

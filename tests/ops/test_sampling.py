@@ -66,6 +66,7 @@ def test_cuts_take_the_lower_id_on_ties():
 
 
 def test_the_ends_of_the_unit_interval():
+    assert draw([0.0, 0.0], 0.5)[0] == 1, "u on the border of two tokens belongs to the second"
     logits = np.array([5.0, 0.0, -np.inf, -800.0])
     assert draw(logits, 0.0)[0] == 0
     assert draw(logits, np.nextafter(1.0, 0.0))[0] == 1, "a token without probability is never drawn"

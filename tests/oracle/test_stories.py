@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from paceline.llm import LLM
 from paceline.core.types import SamplingParams
+from paceline.llm import LLM
 
 PROMPTS = [
     "Once upon a time", "The little dog", "Lily and Tom went to the park", "One day, a bird", "Mom said",

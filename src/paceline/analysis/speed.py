@@ -18,7 +18,7 @@ Progress = Callable[[int, int, str], None] | None
 
 @dataclass(frozen=True)
 class Speed:
-    """One cell. tokens_per_s: median over `runs`; bound_tokens_per_s: what memory bandwidth and arithmetic allow, None if not measured."""
+    """One cell. tokens_per_s: median over `runs`; bound_tokens_per_s: what bandwidth and arithmetic allow, None if not measured."""
 
     work: str
     batch: int
@@ -46,8 +46,12 @@ class Limits:
 
 def measure_limits(llm: LLM) -> Limits | None:
     """The machine's limits with the engine's own threads; None on backends that cannot measure them."""
-    measure = getattr(llm.engine.runner.ops, "limits", None)
-    return None if measure is None else Limits(*measure(llm.plan.model.formats))
+    device = getattr(llm.engine.runner.ops, "device", None)
+    if not hasattr(device, "read_bandwidth"):
+        return None
+    formats = llm.plan.model.formats
+    unit = "int8" if "int" in formats else "bf16" if "bf16" in formats else "f32"
+    return Limits(device.read_bandwidth(), device.peak(unit))
 
 
 def prefill(llm: LLM, n: int, runs: int, limits: Limits | None, seed: int = 0) -> Speed:

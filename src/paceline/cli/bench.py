@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import typer
 
@@ -34,7 +35,7 @@ def register(app: typer.Typer) -> None:
         from paceline.llm import LLM
 
         start = time.perf_counter()
-        source = RandomCheckpoint(shape) if shape else model
+        source: Any = RandomCheckpoint(shape) if shape else model
         with show.progress(not json) as update, LLM(source, config, progress=update) as llm:
             load_s = time.perf_counter() - start
             limits = speed.measure_limits(llm)
@@ -68,7 +69,7 @@ def register(app: typer.Typer) -> None:
         ]
         title = f"{result['model']} · {result['formats']} · {result['backend']} {result['isa'] or ''} · {result['threads']} threads"
         show.table(title, ("work", "tokens/s", "spread", "bound", "of bandwidth", "of peak"), rows)
-        show.out.print(f"loaded in {load_s:.1f} s, peak memory {show.size(result['peak_memory_bytes'])}", highlight=False)
+        show.out.print(f"loaded in {load_s:.1f} s, peak memory {show.size(show.peak_memory())}", highlight=False)
 
 
 def number(x: float | None) -> str:

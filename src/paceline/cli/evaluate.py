@@ -52,10 +52,9 @@ def register(app: typer.Typer) -> None:
         from paceline.llm import LLM
 
         text = read_text(file)
-        with show.progress(not json) as update:
-            with LLM(model, config, progress=update) as llm:
-                result = quality.perplexity(llm, llm.tokens(text)[:max_tokens], window, stride, update)
-                name = llm.plan.model.name
+        with show.progress(not json) as update, LLM(model, config, progress=update) as llm:
+            result = quality.perplexity(llm, llm.tokens(text)[:max_tokens], window, stride, update)
+            name = llm.plan.model.name
         if json:
             show.print_json({"model": name, "file": str(file), **result.describe()})
         else:
