@@ -60,10 +60,11 @@ class Evaluator:
         self.model, self.tokenizer, self.device = model, tokenizer, device
 
     @torch.inference_mode()
-    def logits(self, ids: Tensor) -> Tensor:
-        """Logits ``[batch, length, vocab]`` in float32."""
+    def logits(self, ids: Tensor, last: int = 0) -> Tensor:
+        """Logits ``[batch, length, vocab]`` in float32, or only those of the ``last`` positions."""
         with torch.autocast(self.device.type, torch.bfloat16):
-            return self.model(ids.to(self.device)).float()
+            states = self.model.hidden(ids.to(self.device))[:, -last:]
+            return functional.linear(states, self.model.model.embed_tokens.weight).float()
 
     def losses(self, ids: list[int]) -> Tensor:
         """Negative log likelihood in nats of every token but the first, ``[length - 1]``."""
@@ -105,7 +106,7 @@ class Evaluator:
         ends = {self.tokenizer.token_to_id(each) for each in (END, STOP)}
         found: list[int] = []
         while len(found) < count:
-            best = int(self.logits(torch.tensor([[*ids, *found]]))[0, -1].argmax())
+            best = int(self.logits(torch.tensor([[*ids, *found]]), 1)[0, -1].argmax())
             if best in ends:
                 break
             found.append(best)
@@ -123,7 +124,7 @@ class Evaluator:
         before it.
         """
         ids = torch.tensor([[*prompt, *answer[:-1]]])
-        return self.logits(ids)[0, len(prompt) - 1 :].argmax(-1).tolist() == answer
+        return self.logits(ids, len(answer))[0].argmax(-1).tolist() == answer
 
     def correct(self, item: Item) -> bool:
         """Whether the greedy reply to an item is exactly its answer."""

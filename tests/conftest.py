@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# before NumPy is imported: many threads on a small or busy machine make its products up to a hundred times slower
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 

@@ -66,6 +66,7 @@ struct I { __m512i v; };
 PL_INLINE I izero() { return {_mm512_setzero_si512()}; }
 PL_INLINE I iload(const void* p) { return {_mm512_loadu_si512(p)}; }
 PL_INLINE I iset(int32_t x) { return {_mm512_set1_epi32(x)}; }
+PL_INLINE I iadd(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
 PL_INLINE I isub(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 PL_INLINE V ifloat(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 PL_INLINE I low_nibbles(I a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
@@ -92,6 +93,7 @@ PL_INLINE __m256i load256(const void* p, int half) { return _mm256_loadu_si256(s
 PL_INLINE I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 PL_INLINE I iload(const void* p) { return {load256(p, 0), load256(p, 1)}; }
 PL_INLINE I iset(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+PL_INLINE I iadd(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 PL_INLINE I isub(I x, I y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
 PL_INLINE V ifloat(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 PL_INLINE I low_nibbles(I x) {
@@ -116,6 +118,7 @@ struct I { int32_t i[16]; };
 PL_INLINE I izero() { return {}; }
 PL_INLINE I iload(const void* p) { I r; memcpy(r.i, p, 64); return r; }
 PL_INLINE I iset(int32_t x) { I r; for (int n = 0; n < 16; ++n) r.i[n] = x; return r; }
+PL_INLINE I iadd(I a, I b) { for (int n = 0; n < 16; ++n) a.i[n] += b.i[n]; return a; }
 PL_INLINE I isub(I a, I b) { for (int n = 0; n < 16; ++n) a.i[n] -= b.i[n]; return a; }
 PL_INLINE V ifloat(I a) { V r; for (int n = 0; n < 16; ++n) r.f[n] = static_cast<float>(a.i[n]); return r; }
 PL_INLINE I low_nibbles(I a) { for (int n = 0; n < 16; ++n) a.i[n] &= 0x0f0f0f0f; return a; }
@@ -130,6 +133,13 @@ PL_INLINE I dot8(I acc, I w, I x) {
 }
 PL_INLINE I dot4(I acc, I w, I x) { return dot8(acc, w, x); }
 #endif
+
+PL_INLINE int32_t isum(I a) {
+  int32_t lane[16], total = 0;
+  memcpy(lane, &a, sizeof lane);
+  for (int32_t x : lane) total += x;
+  return total;
+}
 
 // ---- the float part of a quantised product, the same on every path ----
 

@@ -108,11 +108,13 @@ template <Kind kKind, int kRows, int kBlocks, bool kStream> void micro_plain(con
   if (m.t0 + m.n < p.n_tiles) return;
   for (int b = 0; b < kBlocks; ++b) {
     const Scales s = kKind == Kind::bf16 ? Scales{vzero(), vzero()} : scales_of(j.w, 1, m.block + b, 0);
-    for (int64_t r = 0; r < min_of(kRows * p.mr, j.n_rows - m.row); ++r) {
-      const uint8_t* from = m.sums + (r / p.mr * kBlocks + b) * kTile + r % p.mr * 64;
-      const int64_t at = m.row + r;
-      const V y = kKind == Kind::bf16 ? vload(reinterpret_cast<const float*>(from)) : fold<false>(vzero(), iload(from), 0, j.a.scale[at], j.a.sum[at], s);
-      store_block(j, at, m.block + b, y);
+    for (int rb = 0; rb < kRows; ++rb) {
+      const uint8_t* from = m.sums + (rb * kBlocks + b) * kTile;
+      const int64_t row = m.row + rb * p.mr, rows = min_of(p.mr, j.n_rows - row);
+      for (int64_t r = 0; r < rows; ++r, from += 64) {
+        if constexpr (kKind == Kind::bf16) store_block(j, row + r, m.block + b, vload(reinterpret_cast<const float*>(from)));
+        else store_block(j, row + r, m.block + b, fold<false>(vzero(), iload(from), 0, j.a.scale[row + r], j.a.sum[row + r], s));
+      }
     }
   }
 }
@@ -122,7 +124,6 @@ template <Kind kKind, bool kMins, int kRows, int kBlocks, bool kStream> void mic
   const int64_t group = j.w.group, steps = group > 64 ? group / 64 : 1;
   const int64_t g0 = m.t0 * 64 / group, g1 = (m.t0 + m.n) * 64 / group;
   constexpr int32_t offset = kKind == Kind::int4 && !kMins ? 8 : 0;
-  const int64_t rows = min_of(kRows * p.mr, j.n_rows - m.row);
   for (int64_t g = g0; g < g1; ++g) {
     const int64_t k = g * group - m.t0 * 64, tile = k / 64, half = k % 64;
     const Operands o = {m.o.a + tile * m.o.a_step + half, m.o.a_block, m.o.a_step, m.o.b + tile * kTile + half * 16, m.o.b_block};
@@ -131,17 +132,24 @@ template <Kind kKind, bool kMins, int kRows, int kBlocks, bool kStream> void mic
     store_tiles<kRows, kBlocks>(m.tmp);
     for (int b = 0; b < kBlocks; ++b) {
       const Scales s = scales_of(j.w, j.n_groups, m.block + b, g);
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t at = (r / p.mr * kBlocks + b) * kTile + r % p.mr * 64, x = (m.row + r) * j.n_groups + g;
-        float* sum = reinterpret_cast<float*>(m.sums + at);
-        vstore(sum, fold<kMins>(g == 0 ? vzero() : vload(sum), iload(m.tmp + at), offset, j.a.scale[x], j.a.sum[x], s));
+      for (int rb = 0; rb < kRows; ++rb) {
+        const uint8_t* dot = m.tmp + (rb * kBlocks + b) * kTile;
+        float* sum = reinterpret_cast<float*>(m.sums + (rb * kBlocks + b) * kTile);
+        const int64_t row = m.row + rb * p.mr, rows = min_of(p.mr, j.n_rows - row);
+        const float* xs = j.a.scale + row * j.n_groups + g;
+        const int32_t* xq = j.a.sum + row * j.n_groups + g;
+        for (int64_t r = 0; r < rows; ++r, dot += 64, sum += 16, xs += j.n_groups, xq += j.n_groups)
+          vstore(sum, fold<kMins>(g == 0 ? vzero() : vload(sum), iload(dot), offset, *xs, *xq, s));
       }
     }
   }
   if (m.t0 + m.n < p.n_tiles) return;
   for (int b = 0; b < kBlocks; ++b)
-    for (int64_t r = 0; r < rows; ++r)
-      store_block(j, m.row + r, m.block + b, vload(reinterpret_cast<const float*>(m.sums + (r / p.mr * kBlocks + b) * kTile + r % p.mr * 64)));
+    for (int rb = 0; rb < kRows; ++rb) {
+      const float* sum = reinterpret_cast<const float*>(m.sums + (rb * kBlocks + b) * kTile);
+      const int64_t row = m.row + rb * p.mr, rows = min_of(p.mr, j.n_rows - row);
+      for (int64_t r = 0; r < rows; ++r, sum += 16) store_block(j, row + r, m.block + b, vload(sum));
+    }
 }
 
 template <int kRows, int kBlocks, bool kStream> PL_INLINE void micro(const Job& j, const Plan& p, const Micro& m) {

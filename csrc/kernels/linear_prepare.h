@@ -17,23 +17,26 @@ PL_INLINE float largest(const float* x, int64_t n) {
   return vsum(bad) == 0.0f ? vhmax(m) : __builtin_nanf("");
 }
 
-PL_INLINE int32_t quantise16(const float* x, int64_t n, V scale, int8_t* q) {
-  const V v = vdiv(n < 16 ? vload(x, n) : vload(x), scale);
+// Sixteen codes to q, and as int32 lanes.
+PL_INLINE I quantise16(V v, int8_t* q) {
 #if PL_AVX512
-  const __m512i i = _mm512_cvtps_epi32(v.v);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtsepi32_epi8(i));
+  const __m128i b = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v.v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(q), b);
+  return {_mm512_cvtepi8_epi32(b)};
 #elif PL_AVX2
   const __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)), 0xd8);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
+  const __m128i b = _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(q), b);
+  return {_mm256_cvtepi8_epi32(b), _mm256_cvtepi8_epi32(_mm_srli_si128(b, 8))};
 #else
+  I r;
   for (int l = 0; l < 16; ++l) {
     const float f = __builtin_rintf(v.f[l]);
-    q[l] = f >= -127.0f && f <= 127.0f ? static_cast<int8_t>(f) : int8_t{-128};  // only NaN scales lead outside
+    r.i[l] = f >= -127.0f && f <= 127.0f ? static_cast<int32_t>(f) : -128;  // only NaN scales lead outside
+    q[l] = static_cast<int8_t>(r.i[l]);
   }
+  return r;
 #endif
-  int32_t sum = 0;
-  for (int l = 0; l < 16; ++l) sum += q[l];
-  return sum;
 }
 
 // One row into tiles of 64 codes; `step` bytes between tiles. Zero beyond n.
@@ -43,14 +46,14 @@ inline void quantise_row(const float* x, int64_t n, int64_t k, int64_t group, ui
     const int64_t first = g * size, real = max_of<int64_t>(0, min_of(size, n - first));
     const float top = largest(x + first, real);
     scale[g] = top == 0.0f ? 1.0f : top / 127.0f;
-    sum[g] = 0;
+    I total = izero();
     const V s = vset(scale[g]);
     for (int64_t i = 0; i < size; i += 16) {
       const int64_t at = first + i;
-      int8_t* to = reinterpret_cast<int8_t*>(q + at / 64 * step + at % 64);
-      if (i < real) sum[g] += quantise16(x + at, min_of<int64_t>(16, real - i), s, to);
-      else memset(to, 0, 16);
+      const V v = real - i >= 16 ? vload(x + at) : i < real ? vload(x + at, real - i) : vzero();
+      total = iadd(total, quantise16(vdiv(v, s), reinterpret_cast<int8_t*>(q + at / 64 * step + at % 64)));
     }
+    sum[g] = isum(total);
   }
 }
 

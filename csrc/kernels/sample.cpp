@@ -4,7 +4,7 @@
 //     mass >= top_p of that, then to w >= min_p; the id at which the cumulative mass first exceeds u of what is left.
 //
 // No sort: every cut is a prefix of the descending order, and a weighted quickselect finds where a prefix reaches a mass. It works on
-// candidates: one pass over the row weighs what lies within 3, 6, ... 16 units of the maximum, the next collects the smallest such
+// candidates: one pass over the row weighs what lies within 0.5, 1.5, 4, 8 and 14 units of the maximum, the next collects the smallest such
 // set that is certain to hold the answer. Two or three passes of 4 bytes and about 30 FLOP per token of vocabulary, one thread per
 // row. Weights are float32 (relative error below 2e-6), sums run in float64 in an order fixed by the row alone.
 #include "paceline/math.h"
@@ -16,7 +16,7 @@ namespace {
 constexpr float kLog2e = 1.44269504f, kGreedyBelow = 1e-5f;
 constexpr int64_t kBlock = 1024;
 constexpr int kLevels = 5;
-constexpr float kLevel[kLevels] = {-3.0f * kLog2e, -6.0f * kLog2e, -9.0f * kLog2e, -12.0f * kLog2e, -16.0f * kLog2e};
+constexpr float kLevel[kLevels] = {-0.5f * kLog2e, -1.5f * kLog2e, -4.0f * kLog2e, -8.0f * kLog2e, -14.0f * kLog2e};
 constexpr double kMargin = 1.0 + 1e-5;  // masses of a pass (float32 within a block) and of candidates (float64) differ by less
 
 PL_INLINE V load_to(const float* x, int64_t i, int64_t n) {  // -inf beyond the end

@@ -134,8 +134,10 @@ def make_ops(plan: Plan) -> Ops:
             import torch
         except ImportError:
             raise ConfigError("backend = 'torch': PyTorch is not installed; pip install 'paceline[torch]'") from None
-        return ReferenceOps(xp=torch, device="cuda" if torch.cuda.is_available() else "cpu")
-    return ReferenceOps()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return ReferenceOps(xp=torch, device=device, cache_bytes=4 * plan.model.n_params, invariant=device == "cpu")
+    decoded = 4 * plan.model.n_params  # every matrix as float32, so that it is unpacked once
+    return ReferenceOps(cache_bytes=decoded if decoded < (plan.machine.memory - plan.peak_bytes) // 2 else 0)
 
 
 class StreamText:

@@ -49,7 +49,8 @@ def test_same_ids_as_transformers(shared: Path, name: str) -> None:
     expected = theirs(lines, verbose=False)["input_ids"]
     assert [ours.encode(line) for line in lines] == expected
     for ids in expected[:300]:
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        # without specials by id: the library misses those that are marked as normalized (llama2-fixed)
+        assert ours.decode(ids) == theirs.decode([i for i in ids if i not in ours.special_ids])
         assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids)
 
 

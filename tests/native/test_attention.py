@@ -94,7 +94,7 @@ def test_same_bits(ops, ops1, isa, s):
     whole = walk(ops1, t, s, [len(t)])
     assert np.isfinite(whole).all()
     np.testing.assert_allclose(whole[::97], exact(t, s, "bfloat16", range(0, len(t), 97)), rtol=0, atol=4e-6)
-    for seed in range(3):
+    for seed in range(3) if isa != "generic" else [1]:
         for o in (ops, ops1):
             got = walk(o, t, s, cut(seed, len(t)), page_size=[1, 16, 256][seed], seed=seed, others=[0, 3, 1][seed])
             assert got.tobytes() == whole.tobytes(), (seed, o.n_threads)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from weights import FORMATS, exact, pack
 
-SHAPES = [(1, 1), (3, 17), (16, 32), (17, 64), (64, 100), (100, 3), (576, 192), (40, 4100)]  # (N, K)
+SHAPES = [(1, 1), (3, 17), (17, 64), (100, 3), (576, 192), (40, 4100)]  # (N, K)
 
 
 def matrix(seed: int, *shape: int) -> np.ndarray:
@@ -25,7 +25,7 @@ def test_against_float64(ops, shape, fmt, group, mins):
     n, k = shape
     w, bias = matrix(1, n, k), matrix(2, n)
     packed, plain = pack(w, fmt, group, mins)
-    for m in (1, 2, 3, 5, 16, 17, 33, 70):
+    for m in (1, 3, 5, 17, 70):
         x = matrix(100 + m, m, k)
         for b in (None, bias):
             close(ops.linear(x, packed, b), x, w, exact(x, fmt, plain, group, b))
