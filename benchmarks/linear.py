@@ -42,7 +42,9 @@ def random_packed(fmt: str, group: int, mins: bool, n: int, k: int) -> Packed:
         return Packed(fmt, (n, k), rng.random((blocks, k, LANES), np.float32))
     if fmt in ("f16", "bf16"):
         return Packed(fmt, (n, k), rng.integers(0x3000, 0x3C00, (blocks, k // 2, LANES, 2), np.uint16))
-    data = rng.integers(0, 256, (blocks, k // 4, LANES, 4) if fmt == "int8" else (blocks, k // 64, 8, LANES, 4), np.uint8)
+    data = rng.integers(
+        0, 256, (blocks, k // 4, LANES, 4) if fmt == "int8" else (blocks, k // 64, 8, LANES, 4), np.uint8
+    )
     scales = np.full((blocks, k // group if group else 1, LANES), 0.01, np.float16 if group else np.float32)
     return Packed(fmt, (n, k), data.view(np.int8) if fmt == "int8" else data, scales, scales if mins else None, group)
 
@@ -73,7 +75,14 @@ def measure(ops: NativeOps, case: str, shape: str, seconds: float) -> list[dict[
         x = np.random.default_rng(m).standard_normal((m, k), dtype=np.float32)
         t = best_time(lambda x=x: ops.linear(x, w), seconds)
         n_bytes, flops = w.nbytes + 4 * m * (n + k), 2 * m * n * k
-        row = {"format": case, "shape": shape, "rows": m, "us": 1e6 * t, "gb_per_s": n_bytes / t / 1e9, "tflops": flops / t / 1e12}
+        row = {
+            "format": case,
+            "shape": shape,
+            "rows": m,
+            "us": 1e6 * t,
+            "gb_per_s": n_bytes / t / 1e9,
+            "tflops": flops / t / 1e12,
+        }
         row |= {"of_bandwidth": n_bytes / t / bandwidth, "of_peak": flops / t / peak}
         row |= {"bandwidth_gb_per_s": bandwidth / 1e9, "peak_tflops": peak / 1e12}
         out.append(row)

@@ -16,7 +16,19 @@ from typing import Any
 
 
 def bench(shape: str, fmt: str, runs: int, quick: bool) -> dict[str, Any]:
-    command = [sys.executable, "-m", "paceline", "bench", "--shape", shape, "--format", fmt, "--runs", str(runs), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "paceline",
+        "bench",
+        "--shape",
+        shape,
+        "--format",
+        fmt,
+        "--runs",
+        str(runs),
+        "--json",
+    ]
     command += ["--context", "4096", "--prefill", "512", "--batch", "1", "--batch", "8"]
     if not quick:
         command += ["--prefill", "2048", "--batch", "32"]
@@ -36,10 +48,9 @@ def main() -> None:
         for fmt in args.formats.split(","):
             r = bench(shape, fmt, args.runs, args.quick)
             results.append(r)
-            print(
-                f"{shape} {fmt}: load {r['load_s']:.1f} s, peak {r['peak_memory_bytes'] / 2**20:.0f} MiB (weights {r['weight_bytes'] / 2**20:.0f}), "
-                f"bandwidth {r['bandwidth_gb_s']:.1f} GB/s, peak {r['peak_tflop_s']:.2f} TFLOP/s"
-            )
+            mib, weights = r["peak_memory_bytes"] / 2**20, r["weight_bytes"] / 2**20
+            limits = f"bandwidth {r['bandwidth_gb_s']:.1f} GB/s, peak {r['peak_tflop_s']:.2f} TFLOP/s"
+            print(f"{shape} {fmt}: load {r['load_s']:.1f} s, peak {mib:.0f} MiB (weights {weights:.0f}), {limits}")
             for c in r["cells"]:
                 print(
                     f"  {c['work']:>13}: {c['tokens_per_s']:8.1f} tokens/s  spread {100 * c['spread']:3.0f} %  "

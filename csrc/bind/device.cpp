@@ -72,6 +72,21 @@ void move(Device& d, const Any& pool, const In<int64_t, 1>& src, const In<int64_
   d.kernels.move(s.ctx, {pool.data(), dtype, dim(0), dim(1), dim(2), dim(3), src.data(), dst.data(), n});
 }
 
+int32_t pack(Device& d, const AnyIn& src, const std::string& source, const std::string& format, int64_t group, const Any& data,
+             const std::optional<Any>& scales, const std::optional<Any>& mins) {
+  if (src.ndim() != 2) fail("pack: src must have two axes");
+  const auto bytes = [](const std::optional<Any>& a) { return a ? std::optional<size_t>(a->nbytes()) : std::nullopt; };
+  Weight w = checked_weight(format, static_cast<int64_t>(src.shape(0)), static_cast<int64_t>(src.shape(1)), group, data.nbytes(), bytes(scales), bytes(mins));
+  const Dtype dtype = dtype_named(source);
+  if ((dtype != Dtype::f32 && dtype != Dtype::f16 && dtype != Dtype::bf16) || src.itemsize() != size_of(dtype)) fail("pack: src must be float32, float16 or bfloat16");
+  w.data = data.data(), w.scales = scales ? scales->data() : nullptr, w.mins = mins ? mins->data() : nullptr;
+  int32_t flags = 0;
+  nb::gil_scoped_release nogil;
+  Session s(d, w.n_out);
+  d.kernels.pack(s.ctx, {src.data(), dtype, w, &flags});
+  return flags;
+}
+
 double read_bandwidth(Device& d, int64_t n_bytes, int n_passes) {
   if (n_bytes < (1 << 20) || n_bytes > (int64_t{1} << 36) || n_passes < 1) fail("n_bytes: from 1 MiB to 64 GiB");
   Buffer b({n_bytes / 4}, Dtype::f32);
@@ -120,6 +135,9 @@ void bind_device(nb::module_& m) {
            arg("min_p").noconvert(), arg("u").noconvert(), "int64 (n_rows); see Ops.sample.")
       .def("logprobs", &logprobs, arg("logits").noconvert(), arg("ids").noconvert(), arg("n_top"), "See Ops.logprobs.")
       .def("move", &move, arg("pool").noconvert(), arg("src").noconvert(), arg("dst").noconvert())
+      .def("pack", &pack, arg("src").noconvert(), arg("source"), arg("format"), arg("group"), arg("data").noconvert(),
+           arg("scales").noconvert().none(), arg("mins").noconvert().none(),
+           "Row-major weights into tiles, quantised to nearest. 0: done; 1: a value is not finite; 2: beyond the format's range.")
       .def("read_bandwidth", &read_bandwidth, arg("n_bytes") = int64_t{1} << 29, arg("n_passes") = 5, "Bytes per second, best pass.")
       .def("peak", &peak, arg("kind"), arg("seconds") = 0.3, "FLOP per second of the densest instruction: f32, bf16 or int8.");
 }

@@ -267,34 +267,41 @@ int64_t block_elements(Format f, int64_t k, int64_t group) {
 
 void init_weight(BoundWeight* self, const std::string& format, int64_t n_out, int64_t n_in, int64_t group, const AnyIn& data,
                  const std::optional<AnyIn>& scales, const std::optional<AnyIn>& mins) {
-  static const std::pair<const char*, Format> known[] = {
-      {"f32", Format::f32}, {"f16", Format::f16}, {"bf16", Format::bf16}, {"int8", Format::int8}, {"int4", Format::int4}};
-  new (self) BoundWeight();
-  bool found = false;
-  for (const auto& [name, f] : known)
-    if (format == name) self->w.format = f, found = true;
-  if (!found) fail("format = '" + format + "': known are f32, f16, bf16, int8, int4");
-  Weight& w = self->w;
-  const bool quantised = w.format == Format::int8 || w.format == Format::int4;
-  need(n_out > 0 && n_in > 0, "weight: n_out and n_in must be positive");
-  need(quantised ? group == 32 || group == 64 || group == 128 || (group == 0 && w.format == Format::int8) : group == 0,
-       "group: 32, 64 or 128 for int4 and int8, 0 (per channel) for int8 and floats");
-  w.n_out = n_out, w.n_in = n_in, w.group = group;
-  const int64_t nb_ = (n_out + 15) / 16, elements = block_elements(w.format, n_in, group);
-  need(data.nbytes() == static_cast<size_t>(nb_ * elements) * item_size(w.format), "weight: data has another size than format and shape say");
-  const int64_t k = w.format == Format::int4 ? elements / 8 : elements / 16, n_groups = group ? k / group : 1;
-  need(quantised == scales.has_value() && (!mins || w.format == Format::int4), "weight: scales belong to int8 and int4, mins to int4");
-  if (scales) need(scales->nbytes() == static_cast<size_t>(nb_ * n_groups * 16) * (group ? 2 : 4), "weight: scales have another size than (NB, G, 16)");
-  if (mins) need(mins->nbytes() == static_cast<size_t>(nb_ * n_groups * 16) * 2, "weight: mins have another size than (NB, G, 16)");
-  w.data = data.data();
-  w.scales = scales ? scales->data() : nullptr;
-  w.mins = mins ? mins->data() : nullptr;
-  self->owners.push_back(data);
-  if (scales) self->owners.push_back(*scales);
-  if (mins) self->owners.push_back(*mins);
+  const auto bytes = [](const std::optional<AnyIn>& a) { return a ? std::optional<size_t>(a->nbytes()) : std::nullopt; };
+  const Weight w = checked_weight(format, n_out, n_in, group, data.nbytes(), bytes(scales), bytes(mins));
+  new (self) BoundWeight{w, {data}};
+  self->w.data = data.data();
+  for (const auto* a : {&scales, &mins})
+    if (*a) self->owners.push_back(**a);
+  self->w.scales = scales ? scales->data() : nullptr;
+  self->w.mins = mins ? mins->data() : nullptr;
 }
 
 }  // namespace
+
+Weight checked_weight(const std::string& format, int64_t n_out, int64_t n_in, int64_t group, size_t data_bytes, std::optional<size_t> scale_bytes,
+                      std::optional<size_t> min_bytes) {
+  static const std::pair<const char*, Format> known[] = {
+      {"f32", Format::f32}, {"f16", Format::f16}, {"bf16", Format::bf16}, {"int8", Format::int8}, {"int4", Format::int4}};
+  Weight w = {};
+  bool found = false;
+  for (const auto& [name, f] : known)
+    if (format == name) w.format = f, found = true;
+  if (!found) fail("format = '" + format + "': known are f32, f16, bf16, int8, int4");
+  const bool quantised = w.format == Format::int8 || w.format == Format::int4;
+  need(n_out > 0 && n_in > 0 && n_out < (int64_t{1} << 31) && n_in < (int64_t{1} << 31), "weight: n_out and n_in must be positive and below 2^31");
+  need(quantised ? group == 32 || group == 64 || group == 128 || (group == 0 && w.format == Format::int8) : group == 0,
+       "group: 32, 64 or 128 for int4 and int8, 0 (per channel) for int8 and floats");
+  w.n_out = n_out, w.n_in = n_in, w.group = group;
+  const int64_t n_blocks = (n_out + 15) / 16, elements = block_elements(w.format, n_in, group);
+  const int64_t k = w.format == Format::int4 ? elements / 8 : elements / 16, n_groups = group ? k / group : 1;
+  const auto n_scales = static_cast<size_t>(n_blocks * n_groups * 16);
+  need(data_bytes == static_cast<size_t>(n_blocks * elements) * item_size(w.format), "weight: data has another size than format and shape say");
+  need(quantised == scale_bytes.has_value() && (!min_bytes || w.format == Format::int4), "weight: scales belong to int8 and int4, mins to int4");
+  need(!scale_bytes || *scale_bytes == n_scales * (group ? 2 : 4), "weight: scales have another size than (NB, G, 16)");
+  need(!min_bytes || *min_bytes == n_scales * 2, "weight: mins have another size than (NB, G, 16)");
+  return w;
+}
 
 void bind_program(nb::module_& m) {
   using nb::arg;

@@ -174,13 +174,18 @@ class Assembled:
 
 
 def assemble(
-    model: str | Path | Checkpoint | None, config: EngineConfig, *, progress: Progress | None = None, clock: Clock | None = None
+    model: str | Path | Checkpoint | None,
+    config: EngineConfig,
+    *,
+    progress: Progress | None = None,
+    clock: Clock | None = None,
 ) -> Assembled:
     """Load a model and build its engine. Raises PacelineError subclasses before or while loading; nothing is left behind."""
     seen = inspect(model, config, progress)
     plan, tokenizer = seen.plan, seen.tokenizer
     ops = make_ops(plan)
-    net = loader.load(seen.checkpoint, ops, format=seen.formats, context=plan.context, progress=progress)
+    told = None if progress is None else under("loading weights", progress)
+    net = loader.load(seen.checkpoint, ops, format=seen.formats, context=plan.context, progress=told)
     groups = make_groups(seen.config.states, plan.page_size)
     cache = KVCache(groups, ops, plan.kv_dtype, plan.n_pages)
     parts = build_parts(plan, cache)
@@ -190,6 +195,11 @@ def assemble(
     text: dict[str, Any] = {} if tokenizer is None else {"text": lambda p: StreamText(tokenizer, p)}
     engine = Engine(net, cache, parts, plan.limits, serving, clock=clock, **text)
     return Assembled(seen, net, engine)
+
+
+def under(title: str, progress: Progress) -> Progress:
+    """The same progress under one title, whatever part is in hand."""
+    return lambda done, total, part: progress(done, total, title)
 
 
 @dataclass(frozen=True)

@@ -73,9 +73,7 @@ class LLM:
             raise RequestError(f"params: {len(each)} given for {len(many)} prompts; give one, or one for each")
         return self._run([self._request(p, s, park=park) for p, s in zip(many, each, strict=True)], many)
 
-    def stream(
-        self, prompt: Prompt | Branch, params: SamplingParams | None = None
-    ) -> Generator[Delta, None, Output]:
+    def stream(self, prompt: Prompt | Branch, params: SamplingParams | None = None) -> Generator[Delta, None, Output]:
         """The pieces of one answer as they come; the generator's return value is the whole output. Closing it aborts."""
         request = self._request(prompt, params or self.default_params())
         self._add(request, prompt)

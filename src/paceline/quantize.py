@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline import models
-from paceline.assemble import Progress, locate, read_tokenizer
+from paceline.assemble import Progress, locate, read_tokenizer, under
 from paceline.checkpoints import open_checkpoint
 from paceline.checkpoints.packed import save_packed
 from paceline.core.config import EngineConfig
@@ -27,7 +27,7 @@ def quantize(
         save_packed(
             out,
             checkpoint.config,
-            loader.parameters(checkpoint, model_config, choice, notes, progress),
+            loader.parameters(checkpoint, model_config, choice, notes, progress and under("quantising", progress)),
             form=config.format,
             generation=checkpoint.generation,
             source=checkpoint.path if checkpoint.path.is_dir() else None,

@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """GGUF vocabularies: the same ids as the tokenizer they came from and as llama.cpp, and hostile metadata refused."""
 
 from __future__ import annotations

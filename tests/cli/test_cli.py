@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 
-def paceline(*args: str, stdin: str | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def paceline(
+    *args: str, stdin: str | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "paceline", *args], input=stdin if stdin is not None else "", capture_output=True, text=True,
         timeout=120, env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}, check=False,
@@ -29,7 +31,9 @@ SMALL = ("-m", "lab-1m", "-c", "512")
 
 
 def test_run_prints_one_object() -> None:
-    got = answer("run", *SMALL, "--prompt", "def add(a, b):", "-n", "8", "--temperature", "0", "--ignore-eos", "--logprobs", "1")
+    got = answer(
+        "run", *SMALL, "--prompt", "def add(a, b):", "-n", "8", "--temperature", "0", "--ignore-eos", "--logprobs", "1"
+    )
     assert {"prompt_token_ids", "token_ids", "text", "logprobs", "finish_reason", "usage", "timing"} <= set(got)
     assert len(got["token_ids"]) == len(got["logprobs"]) == got["usage"]["completion_tokens"] == 8
     assert all(lp <= 0 for lp in got["logprobs"])
@@ -49,8 +53,14 @@ def test_run_streams_the_same_text_and_reports_speed() -> None:
 def test_stdin_and_environment_and_seed() -> None:
     args = ("run", *SMALL, "-n", "8", "--seed", "3", "--temperature", "1.0")
     first = answer(*args, stdin="class Stack:")
-    assert first == {**answer(*args, stdin="class Stack:"), "timing": first["timing"], "peak_memory_bytes": first["peak_memory_bytes"]}
-    assert answer("run", "-n", "2", "x", env={"PACELINE_MODEL": "lab-1m", "PACELINE_CONTEXT": "256"})["model"] == "lab-1m"
+    assert first == {
+        **answer(*args, stdin="class Stack:"),
+        "timing": first["timing"],
+        "peak_memory_bytes": first["peak_memory_bytes"],
+    }
+    assert (
+        answer("run", "-n", "2", "x", env={"PACELINE_MODEL": "lab-1m", "PACELINE_CONTEXT": "256"})["model"] == "lab-1m"
+    )
 
 
 def test_the_default_model_answers_in_chat() -> None:
@@ -61,7 +71,9 @@ def test_the_default_model_answers_in_chat() -> None:
 
 def test_chat_keeps_history_and_survives_errors(tmp_path: Path) -> None:
     file = tmp_path / "talk.json"
-    script = f"What is 2 + 3?\n/nonsense\n/set temperature hot\n/save {file}\n/load {tmp_path / 'none'}\n/stats\n/exit\n"
+    script = (
+        f"What is 2 + 3?\n/nonsense\n/set temperature hot\n/save {file}\n/load {tmp_path / 'none'}\n/stats\n/exit\n"
+    )
     done = paceline("chat", *SMALL, "--temperature", "0", "-n", "16", stdin=script)
     assert done.returncode == 0, done.stderr
     saved = json.loads(file.read_text())

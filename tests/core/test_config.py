@@ -57,9 +57,19 @@ def lookup(name: str) -> type[Technique]:
 
 def facts(**changes: Any) -> ModelFacts:
     base = {
-        "name": "m", "model_type": "llama",
-        "context": 1024, "max_context": 4096, "position_bytes": 64, "n_vocab": 100, "d_model": 64, "d_widest": 256,
-        "states": (KV(2, 32),) * 4, "n_params": 1000, "weight_bytes": GIB, "formats": "bf16", "dtype": "bfloat16",
+        "name": "m",
+        "model_type": "llama",
+        "context": 1024,
+        "max_context": 4096,
+        "position_bytes": 64,
+        "n_vocab": 100,
+        "d_model": 64,
+        "d_widest": 256,
+        "states": (KV(2, 32),) * 4,
+        "n_params": 1000,
+        "weight_bytes": GIB,
+        "formats": "bf16",
+        "dtype": "bfloat16",
     }
     return ModelFacts(**{**base, **changes})
 
@@ -78,7 +88,9 @@ def test_a_plain_plan() -> None:
 
 
 def test_all_problems_come_in_one_message() -> None:
-    config = EngineConfig(dtype="float8", isa="avx9", max_rows=0, context=5000, use=("serving/none", "serving/index:size=1000"))
+    config = EngineConfig(
+        dtype="float8", isa="avx9", max_rows=0, context=5000, use=("serving/none", "serving/index:size=1000")
+    )
     with pytest.raises(ConfigError) as e:
         resolve(config, facts(), MACHINE, lookup)
     text = str(e.value)
@@ -156,10 +168,27 @@ def test_recipes_are_checked() -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"min_p": 2},
-        {"max_tokens": 0}, {"n": 5_000_000}, {"n": 0}, {"logprobs": 1000}, {"prompt_logprobs": -1}, {"stop": [""]},
-        {"stop": ["x"] * 500}, {"stop_token_ids": [-1]}, {"logit_bias": {0: 1e9}}, {"min_tokens": 5, "max_tokens": 2},
-        {"seed": 1 << 70}, {"repetition_penalty": 0}, {"presence_penalty": 3}, {"top_k": 1.5}, {"n": True},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"min_p": 2},
+        {"max_tokens": 0},
+        {"n": 5_000_000},
+        {"n": 0},
+        {"logprobs": 1000},
+        {"prompt_logprobs": -1},
+        {"stop": [""]},
+        {"stop": ["x"] * 500},
+        {"stop_token_ids": [-1]},
+        {"logit_bias": {0: 1e9}},
+        {"min_tokens": 5, "max_tokens": 2},
+        {"seed": 1 << 70},
+        {"repetition_penalty": 0},
+        {"presence_penalty": 3},
+        {"top_k": 1.5},
+        {"n": True},
     ],
 )
 def test_absurd_sampling_parameters(bad: dict[str, Any]) -> None:

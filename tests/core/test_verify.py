@@ -92,7 +92,9 @@ def test_rejection_of_a_chain_keeps_the_joint_distribution() -> None:
     for seed in range(30_000):
         first = draws.choice(N_VOCAB, p=q[1])
         second = draws.choice(N_VOCAB, p=q[first])
-        draft = Draft(np.array([first, second], np.int32), np.array([-1, 0], np.int32), q[[1, first]].astype(np.float32))
+        draft = Draft(
+            np.array([first, second], np.int32), np.array([-1, 0], np.int32), q[[1, first]].astype(np.float32)
+        )
         verdict = rejection(draft, TableTarget(p, draft, last=1, seed=seed))
         out = [int(draft.tokens[i]) for i in verdict.path] + [verdict.bonus]
         if len(out) == 1:  # the next token comes from the next plain step

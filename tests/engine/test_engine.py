@@ -59,7 +59,9 @@ def test_a_batch_gives_what_each_gives_alone(model: Any, head_split: int | None)
 
 
 def test_preemption_loses_nothing(model: Any) -> None:
-    requests = [request(f"r{i}", p, seed=i, temperature=0.7, logprobs=0, max_tokens=30) for i, p in enumerate(prompts(8, 5))]
+    requests = [
+        request(f"r{i}", p, seed=i, temperature=0.7, logprobs=0, max_tokens=30) for i, p in enumerate(prompts(8, 5))
+    ]
     engine = tiny_engine(model, n_pages=40, radix=False)
     together = run_all(engine, requests)
     assert engine.runner.scheduler.n_preempted > 0
@@ -90,7 +92,13 @@ def schedule_of(model: Any, seed: int) -> None:
     n = rng.randint(2, 6)
     requests = [
         request(
-            f"r{i}", p, seed=i, temperature=rng.choice([0.0, 0.9]), logprobs=2, max_tokens=rng.randint(1, 14), n=rng.choice([1, 1, 2])
+            f"r{i}",
+            p,
+            seed=i,
+            temperature=rng.choice([0.0, 0.9]),
+            logprobs=2,
+            max_tokens=rng.randint(1, 14),
+            n=rng.choice([1, 1, 2]),
         )
         for i, p in enumerate(prompts(n, seed, longest=30))
     ]
@@ -104,7 +112,9 @@ def schedule_of(model: Any, seed: int) -> None:
         want = alone(model, r)
         assert [c.token_ids for c in outputs[r.id].completions] == [c.token_ids for c in want.completions]
         assert [c.logprobs for c in outputs[r.id].completions] == [c.logprobs for c in want.completions]
-    engine.runner.cache.check_integrity([], [] if engine.runner.parts.prefix is None else engine.runner.parts.prefix.held())  # type: ignore[attr-defined]
+    engine.runner.cache.check_integrity(
+        [], [] if engine.runner.parts.prefix is None else engine.runner.parts.prefix.held()
+    )  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("seed", range(N_SCHEDULES))
@@ -117,7 +127,8 @@ def test_random_schedules_give_the_same_bits(model: Any, windowed: Any, seed: in
 def test_every_format_gives_the_same_bits_with_any_threads(format: str) -> None:
     """The same requests in another schedule and with one thread more."""
     requests = [
-        request(f"r{i}", p, seed=i, temperature=0.7 * (i % 2), logprobs=2, max_tokens=8) for i, p in enumerate(prompts(6, 21))
+        request(f"r{i}", p, seed=i, temperature=0.7 * (i % 2), logprobs=2, max_tokens=8)
+        for i, p in enumerate(prompts(6, 21))
     ]
     found = []
     for threads, chunk, max_rows in ((1, 64, 64), (2, 5, 16)):
@@ -161,7 +172,9 @@ class Oracle:
 def test_speculation_gives_the_plain_tokens(model: Any, windowed: Any, tree: bool, temperature: float) -> None:
     for which in (model, windowed):
         requests = [
-            request(f"r{i}", p, seed=i, temperature=temperature, logprobs=1, max_tokens=25, presence_penalty=0.5 * (i % 2))
+            request(
+                f"r{i}", p, seed=i, temperature=temperature, logprobs=1, max_tokens=25, presence_penalty=0.5 * (i % 2)
+            )
             for i, p in enumerate(prompts(5, 11))
         ]
         plain = {r.id: alone(which, r) for r in requests}
@@ -208,7 +221,9 @@ def test_logit_bias_and_penalties(model: Any) -> None:
     out = alone(model, request("a", prompt, temperature=0.0, max_tokens=5, logit_bias={42: 100.0}))
     assert out.token_ids == [42] * 5
     plain = alone(model, request("a", prompt, temperature=0.0, max_tokens=40)).token_ids
-    varied = alone(model, request("a", prompt, temperature=0.0, max_tokens=40, presence_penalty=2.0, frequency_penalty=2.0)).token_ids
+    varied = alone(
+        model, request("a", prompt, temperature=0.0, max_tokens=40, presence_penalty=2.0, frequency_penalty=2.0)
+    ).token_ids
     assert len(set(varied)) >= len(set(plain))
     strong = alone(model, request("a", prompt, temperature=0.0, max_tokens=20, repetition_penalty=1000.0)).token_ids
     assert len(set(strong)) == 20
@@ -254,7 +269,9 @@ def test_abort_at_any_moment(model: Any) -> None:
         ([1], {"stop_token_ids": [97]}, "stop_token_ids"),
     ],
 )
-def test_bad_requests_are_refused_and_others_served(model: Any, tokens: list[int], params: dict[str, Any], says: str) -> None:
+def test_bad_requests_are_refused_and_others_served(
+    model: Any, tokens: list[int], params: dict[str, Any], says: str
+) -> None:
     engine = tiny_engine(model)
     engine.add(request("good", [1, 2, 3], **GREEDY))
     with pytest.raises(RequestError, match=says):
@@ -286,7 +303,9 @@ def test_unusable_logits_fail_only_their_request(ops: Any) -> None:
 def test_a_parked_state_is_continued_and_forked(model: Any) -> None:
     prompt = prompts(1, 8)[0]
     engine = tiny_engine(model, radix=False)
-    first = run_all(engine, [Request("a", tuple(prompt), SamplingParams(temperature=0.0, max_tokens=6), park=True)])["a"]
+    first = run_all(engine, [Request("a", tuple(prompt), SamplingParams(temperature=0.0, max_tokens=6), park=True)])[
+        "a"
+    ]
     kept = first.sequences[0]
     child = engine.fork(kept)
     whole = alone(model, request("x", prompt, temperature=0.0, max_tokens=14)).token_ids

@@ -177,7 +177,11 @@ def test_a_program_that_needs_a_step_says_so(best):
 def paged(n: int, **changes) -> Batch:
     """n rows of one sequence in pages of 4."""
     k, v = (np.zeros((3, 2, 4, 8), np.float32) for _ in "kv")
-    parts = {"slots": np.arange(n, dtype=np.int64), "tables": np.array([[0, 1, -1]], np.int32), "lens": np.array([n], np.int32)}
+    parts = {
+        "slots": np.arange(n, dtype=np.int64),
+        "tables": np.array([[0, 1, -1]], np.int32),
+        "lens": np.array([n], np.int32),
+    }
     group = GroupBatch(KVGroup(0, KV(2, 8), (0,), (0, 1), 4), **(parts | changes), k=[k], v=[v])
     b = batch([0] * n)
     b.groups, b.of_layer = [group], [[0]]

@@ -40,7 +40,11 @@ def quantise(w: np.ndarray, bits: int, group: int, mins: bool) -> tuple[np.ndarr
     if mins:
         low = g.min(2).astype(np.float16)
         s = ((g.max(2) - g.min(2)) / np.float32(15)).astype(np.float16)
-        q = np.clip(np.rint((g - low.astype(np.float32)[..., None]) / np.where(s == 0, 1, s).astype(np.float32)[..., None]), 0, 15)
+        q = np.clip(
+            np.rint((g - low.astype(np.float32)[..., None]) / np.where(s == 0, 1, s).astype(np.float32)[..., None]),
+            0,
+            15,
+        )
         return np.where(s[..., None] == 0, 0, q).astype(np.uint8).reshape(n, k), s, low
     top = np.take_along_axis(g, np.abs(g).argmax(2)[..., None], 2)[..., 0]
     s = (top / np.float32(-8)).astype(np.float16)
@@ -86,7 +90,16 @@ def exact(x: np.ndarray, fmt: str, plain: dict[str, np.ndarray], group: int, bia
         xq, xs = activations(x, q.shape[1], group)
         w = q.reshape(q.shape[0], -1, group or q.shape[1])
         w = w - (8 if fmt == "int4" and "mins" not in plain else 0)
-        y = np.einsum("mgk,ngk,mg,ng->mn", xq.astype(np.float64), w, xs.astype(np.float64), plain["scales"].astype(np.float64), optimize=True)
+        y = np.einsum(
+            "mgk,ngk,mg,ng->mn",
+            xq.astype(np.float64),
+            w,
+            xs.astype(np.float64),
+            plain["scales"].astype(np.float64),
+            optimize=True,
+        )
         if "mins" in plain:
-            y += np.einsum("mg,mg,ng->mn", xq.sum(2).astype(np.float64), xs.astype(np.float64), plain["mins"].astype(np.float64))
+            y += np.einsum(
+                "mg,mg,ng->mn", xq.sum(2).astype(np.float64), xs.astype(np.float64), plain["mins"].astype(np.float64)
+            )
     return y if bias is None else y + bias

@@ -29,7 +29,9 @@ def oracle(folder: Path) -> tuple[Any, Any]:
     torch = pytest.importorskip("torch", reason="the oracle needs torch")
     transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
     torch.set_num_threads(1)
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), transformers.AutoTokenizer.from_pretrained(folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32
+    ), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,15 @@ def truth(oracle: tuple[Any, Any]) -> dict[str, tuple[list[int], list[int]]]:
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         with torch.no_grad():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=N, max_new_tokens=N, pad_token_id=0, suppress_tokens=None)
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                min_new_tokens=N,
+                max_new_tokens=N,
+                pad_token_id=0,
+                suppress_tokens=None,
+            )
         found[prompt] = (ids[0].tolist(), out[0, ids.shape[1] :].tolist())
     return found
 

@@ -129,6 +129,10 @@ struct LogprobsArgs {
   float* own; int64_t* top_ids; float* top;  // (n_rows), (n_rows, n_top), (n_rows, n_top)
 };
 
+// Row-major src (n_out, n_in) of f32, f16 or bf16 into w's tile layout; w's arrays are written.
+// *flags: 1 where a value is not finite, 2 where the format cannot hold a value or scale (the result is then void).
+struct PackArgs { const void* src; Dtype source; Weight w; int32_t* flags; };
+
 // A kernel file fills the entries it provides; the rest stay null.
 struct Kernels {
   void (*linear)(const Ctx&, const LinearArgs&);
@@ -147,6 +151,7 @@ struct Kernels {
   void (*moe)(const Ctx&, const MoeArgs&);
   void (*sample)(const Ctx&, const SampleArgs&);
   void (*logprobs)(const Ctx&, const LogprobsArgs&);
+  void (*pack)(const Ctx&, const PackArgs&);
   // measurements
   double (*peak)(Pool*, int32_t kind, double seconds);     // FLOP/s (see kernels/measure.cpp)
   double (*read)(Pool*, const void* data, size_t bytes);   // checksum of a pass over memory

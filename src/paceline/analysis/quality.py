@@ -94,7 +94,9 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
 
 
-def divergence(reference: LLM, candidate: LLM, tokens: Sequence[int], context: int = 256, progress: Progress = None) -> Divergence:
+def divergence(
+    reference: LLM, candidate: LLM, tokens: Sequence[int], context: int = 256, progress: Progress = None
+) -> Divergence:
     """Compare two models of one vocabulary on the same text, in windows of `context` tokens."""
     if reference.plan.model.n_vocab != candidate.plan.model.n_vocab:
         raise RequestError(
@@ -139,7 +141,9 @@ class Recall:
         return {**asdict(self), "accuracy": self.accuracy}
 
 
-def recall(llm: LLM, filler: str, distances: Sequence[int], n: int = 50, seed: int = 0, progress: Progress = None) -> list[Recall]:
+def recall(
+    llm: LLM, filler: str, distances: Sequence[int], n: int = 50, seed: int = 0, progress: Progress = None
+) -> list[Recall]:
     """Key-value recall: `name = number` lines scattered in running text, and one of them asked for, at each distance in tokens.
 
     The asked line stands `distance` tokens before the question, at most; the prompt holds five other pairs as distractors.
@@ -160,7 +164,9 @@ def recall(llm: LLM, filler: str, distances: Sequence[int], n: int = 50, seed: i
         correct = 0
         for i in range(0, n, 8):
             outputs = llm.generate([prompt for prompt, _ in cases[i : i + 8]], params)
-            correct += sum(o.text.split("\n")[0].strip() == want for o, (_, want) in zip(outputs, cases[i : i + 8], strict=True))
+            correct += sum(
+                o.text.split("\n")[0].strip() == want for o, (_, want) in zip(outputs, cases[i : i + 8], strict=True)
+            )
             if progress:
                 progress(i, n, f"recall at {distance}")
         found.append(Recall(distance, n, correct))
@@ -174,7 +180,14 @@ def _case(llm: LLM, text: Sequence[int], distance: int, rng: random.Random) -> t
     def encode(s: str) -> list[int]:
         return llm.tokenizer.encode(s, add_special_tokens=False)  # type: ignore[union-attr]
 
-    names = rng.sample([a + b for a in ("ba", "ko", "mi", "su", "tra", "lo", "ze", "ni") for b in ("vo", "da", "ru", "pel", "ga", "to")], 6)
+    names = rng.sample(
+        [
+            a + b
+            for a in ("ba", "ko", "mi", "su", "tra", "lo", "ze", "ni")
+            for b in ("vo", "da", "ru", "pel", "ga", "to")
+        ],
+        6,
+    )
     values = [str(rng.randrange(100, 9999)) for _ in names]
     lines = [encode(f"\n{k} = {v}\n") for k, v in zip(names, values, strict=True)]
     question = encode(f"\n{names[0]} =")

@@ -47,7 +47,7 @@ class Limits:
 def measure_limits(llm: LLM) -> Limits | None:
     """The machine's limits with the engine's own threads; None on backends that cannot measure them."""
     device = getattr(llm.engine.runner.ops, "device", None)
-    if not hasattr(device, "read_bandwidth"):
+    if device is None or not hasattr(device, "read_bandwidth"):
         return None
     formats = llm.plan.model.formats
     unit = "int8" if "int" in formats else "bf16" if "bf16" in formats else "f32"
@@ -86,7 +86,14 @@ def decode(llm: LLM, batch: int, prompt: int, n: int, runs: int, limits: Limits 
 
 
 def _cell(
-    llm: LLM, work: str, batch: int, tokens: int, rates: Sequence[float], limits: Limits | None, rows_per_pass: int, context: int = 0
+    llm: LLM,
+    work: str,
+    batch: int,
+    tokens: int,
+    rates: Sequence[float],
+    limits: Limits | None,
+    rows_per_pass: int,
+    context: int = 0,
 ) -> Speed:
     """Bytes: weights once per pass (one pass per max_rows rows) and, in decode, the KV read; FLOPs: 2 per parameter and token."""
     plan = llm.plan

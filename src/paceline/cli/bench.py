@@ -18,7 +18,9 @@ def register(app: typer.Typer) -> None:
     def bench(
         model: str | None,
         config: EngineConfig,
-        shape: str = typer.Option(None, help="Random weights in a shape: smollm2-135m, qwen3-0.6b, llama-3.2-1b, or a config.json."),
+        shape: str = typer.Option(
+            None, help="Random weights in a shape: smollm2-135m, qwen3-0.6b, llama-3.2-1b, or a config.json."
+        ),
         prefill: list[int] = typer.Option([512, 2048], help="Prompt lengths. Repeatable."),
         batch: list[int] = typer.Option([1, 8, 32], help="Sequences decoding at once. Repeatable."),
         prompt: int = typer.Option(128, help="Prompt length before decoding."),
@@ -45,7 +47,9 @@ def register(app: typer.Typer) -> None:
                 if update:
                     update(i, len(jobs), "measuring")
                 cells.append(
-                    speed.prefill(llm, n, runs, limits) if kind == "prefill" else speed.decode(llm, n, prompt, tokens, runs, limits)
+                    speed.prefill(llm, n, runs, limits)
+                    if kind == "prefill"
+                    else speed.decode(llm, n, prompt, tokens, runs, limits)
                 )
             result = {
                 "model": llm.plan.model.name,
@@ -64,7 +68,14 @@ def register(app: typer.Typer) -> None:
             show.print_json(result)
             return
         rows = [
-            (c.work, f"{c.tokens_per_s:.1f}", f"{100 * c.spread:.0f} %", number(c.bound_tokens_per_s), share(c.share_of_bandwidth), share(c.share_of_peak))
+            (
+                c.work,
+                f"{c.tokens_per_s:.1f}",
+                f"{100 * c.spread:.0f} %",
+                number(c.bound_tokens_per_s),
+                share(c.share_of_bandwidth),
+                share(c.share_of_peak),
+            )
             for c in cells
         ]
         title = f"{result['model']} · {result['formats']} · {result['backend']} {result['isa'] or ''} · {result['threads']} threads"

@@ -75,7 +75,12 @@ class Conversation:
         return None
 
     def set(self, name: str, value: str) -> None:
-        if name not in SamplingParams.__dataclass_fields__ or name in ("n", "logprobs", "prompt_logprobs", "logit_bias"):
+        if name not in SamplingParams.__dataclass_fields__ or name in (
+            "n",
+            "logprobs",
+            "prompt_logprobs",
+            "logit_bias",
+        ):
             raise RequestError(f"{name}: no such sampling option")
         try:
             parsed = jsonlib.loads(value)
@@ -85,7 +90,9 @@ class Conversation:
 
     def save(self, path: Path) -> None:
         try:
-            path.write_text(jsonlib.dumps({"system": self.system, "messages": self.messages}, ensure_ascii=False, indent=1))
+            path.write_text(
+                jsonlib.dumps({"system": self.system, "messages": self.messages}, ensure_ascii=False, indent=1)
+            )
         except OSError as e:
             raise RequestError(f"{path}: {e.strerror}") from None
 
@@ -195,5 +202,7 @@ def register(app: typer.Typer) -> None:
             if tty:
                 import readline  # noqa: F401  (line editing and history for input())
 
-                show.err.print(f"[dim]{llm.plan.model.name} · {llm.plan.model.formats} · /help for commands[/dim]", highlight=False)
+                show.err.print(
+                    f"[dim]{llm.plan.model.name} · {llm.plan.model.formats} · /help for commands[/dim]", highlight=False
+                )
             loop(Conversation(llm, llm.default_params().with_(**given), system), "> " if tty else "")

@@ -30,21 +30,40 @@ def findings() -> dict[str, Any]:
     isas = native_isas()
     asked = os.environ.get("PACELINE_ISA")
     chosen = asked if asked in isas else (isas[-1] if isas else None)
-    missing = [{"what": name, "for": why, "remedy": remedy} for name, why, remedy in OPTIONAL if importlib.util.find_spec(name) is None]
+    missing = [
+        {"what": name, "for": why, "remedy": remedy}
+        for name, why, remedy in OPTIONAL
+        if importlib.util.find_spec(name) is None
+    ]
     if not isas:
-        missing.insert(0, {
-            "what": "native core",
-            "for": "speed: without it everything runs on slow NumPy ops",
-            "remedy": "install a C++ compiler (apt-get install g++) and reinstall: pip install --force-reinstall --no-cache-dir paceline",
-        })
+        missing.insert(
+            0,
+            {
+                "what": "native core",
+                "for": "speed: without it everything runs on slow NumPy ops",
+                "remedy": "install a C++ compiler (apt-get install g++), then: pip install --force-reinstall --no-cache-dir paceline",
+            },
+        )
     if asked and asked not in isas:
-        missing.append({"what": f"PACELINE_ISA={asked}", "for": "it names an ISA this machine lacks", "remedy": f"choose from {', '.join(isas)}"})
+        missing.append(
+            {
+                "what": f"PACELINE_ISA={asked}",
+                "for": "it names an ISA this machine lacks",
+                "remedy": f"choose from {', '.join(isas)}",
+            }
+        )
     return {
         "paceline": __version__,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "cpu": h.cpu,
-        "cores": {"logical": h.n_logical, "physical": h.n_physical, "affinity": list(h.affinity), "quota": h.quota, "used": h.n_cores},
+        "cores": {
+            "logical": h.n_logical,
+            "physical": h.n_physical,
+            "affinity": list(h.affinity),
+            "quota": h.quota,
+            "used": h.n_cores,
+        },
         "numa": list(h.numa),
         "memory": {"total": h.memory_total, "available": h.memory_available, "cgroup_limit": h.memory_limit},
         "isa": {"available": list(isas), "chosen": chosen, "why": why_isa(isas, asked, h.flags)},
@@ -76,10 +95,16 @@ def register(app: typer.Typer) -> None:
         rows = [
             ("paceline", f"{found['paceline']} on Python {found['python']}, {found['platform']}"),
             ("CPU", found["cpu"]),
-            ("cores", f"{cores['used']} used: {cores['logical']} logical, {cores['physical']} physical, affinity {cores['affinity']}, {quota}"),
+            (
+                "cores",
+                f"{cores['used']} used: {cores['logical']} logical, {cores['physical']} physical, affinity {cores['affinity']}, {quota}",
+            ),
             ("NUMA", "; ".join(found["numa"]) or "one node"),
             ("memory", f"{show.size(memory['available'])} available of {show.size(memory['total'])}{limit}"),
-            ("ISA", f"{found['isa']['chosen'] or 'none'}: {found['isa']['why']}; available {', '.join(found['isa']['available']) or 'none'}"),
+            (
+                "ISA",
+                f"{found['isa']['chosen'] or 'none'}: {found['isa']['why']}; available {', '.join(found['isa']['available']) or 'none'}",
+            ),
             ("models", ", ".join(found["models"]) or "none"),
         ]
         show.table("doctor", ("what", "finding"), rows)

@@ -83,14 +83,13 @@ def register(app: typer.Typer) -> None:
         from paceline.llm import LLM
 
         text = read_text(file)
-        with show.progress(not json) as update:
-            with (
-                LLM(against or model, replace(config, format=against_format), progress=update) as reference,
-                LLM(model, config, progress=update) as candidate,
-            ):
-                tokens = candidate.tokens(text)[:max_tokens]
-                result = quality.divergence(reference, candidate, tokens, window, update)
-                formats = (reference.plan.model.formats, candidate.plan.model.formats)
+        with (
+            show.progress(not json) as update, LLM(against or model, replace(config, format=against_format), progress=update) as reference,
+            LLM(model, config, progress=update) as candidate,
+        ):
+            tokens = candidate.tokens(text)[:max_tokens]
+            result = quality.divergence(reference, candidate, tokens, window, update)
+            formats = (reference.plan.model.formats, candidate.plan.model.formats)
         if json:
             show.print_json({"reference": formats[0], "candidate": formats[1], **result.describe()})
         else:

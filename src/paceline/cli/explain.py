@@ -19,7 +19,10 @@ def rows(plan: Plan) -> list[tuple[str, Any]]:
         ("weights", f"{plan.model.formats}, {show.size(plan.model.weight_bytes)}"),
         ("backend", f"{plan.backend}{f' ({plan.isa})' if plan.isa else ''}, {plan.threads} threads"),
         ("context", f"{plan.context} tokens (the model's: {plan.model.context})"),
-        ("KV cache", f"{plan.kv_dtype}, {show.size(plan.kv_bytes_per_token)} a token, room for {plan.n_pages * plan.page_size} tokens"),
+        (
+            "KV cache",
+            f"{plan.kv_dtype}, {show.size(plan.kv_bytes_per_token)} a token, room for {plan.n_pages * plan.page_size} tokens",
+        ),
         ("memory", f"at most {show.size(plan.peak_bytes)} of {show.size(plan.machine.memory)} available"),
         ("a step", f"{limits.max_rows} rows, {limits.max_seqs} sequences, {limits.chunk} rows of one prompt"),
         ("techniques", techniques),

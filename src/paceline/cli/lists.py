@@ -20,23 +20,28 @@ def techniques() -> list[dict[str, Any]]:
         t = registry.get(name)()
         m = t.manifest()
         text = (inspect.getdoc(inspect.getmodule(t)) or "").splitlines()
-        found.append({
-            "name": name,
-            "area": name.split("/")[0],
-            "seams": sorted(m.seams),
-            "paper": m.paper,
-            "needs": sorted(f.value for f in m.needs),
-            "breaks": sorted(f.value for f in m.breaks),
-            "gives": sorted(f.value for f in m.gives),
-            "summary": text[0] if text else "",
-        })
+        found.append(
+            {
+                "name": name,
+                "area": name.split("/")[0],
+                "seams": sorted(m.seams),
+                "paper": m.paper,
+                "needs": sorted(f.value for f in m.needs),
+                "breaks": sorted(f.value for f in m.breaks),
+                "gives": sorted(f.value for f in m.gives),
+                "summary": text[0] if text else "",
+            }
+        )
     return found
 
 
 def formats() -> list[dict[str, Any]]:
     from paceline.ops import formats as registry
 
-    return [{"name": n, "bits_per_weight": registry.get(n).bits(registry.get(n).default_group, False)} for n in registry.names()]
+    return [
+        {"name": n, "bits_per_weight": registry.get(n).bits(registry.get(n).default_group, False)}
+        for n in registry.names()
+    ]
 
 
 def models() -> list[dict[str, Any]]:

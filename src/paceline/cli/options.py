@@ -18,17 +18,33 @@ from paceline.core.recipe import Recipe
 # field: (type, flags, help). Flag beats environment variable (PACELINE_<FIELD>) beats default.
 ENGINE: dict[str, tuple[Any, tuple[str, ...], str]] = {
     "dtype": (str, ("--dtype",), "Unquantised weights: auto (as stored), float32, float16, bfloat16."),
-    "format": (str, ("--format", "-f"), "Matrices: auto, int8, int4, int4:group=64,mins, bf16, ... (see `list formats`)."),
+    "format": (
+        str,
+        ("--format", "-f"),
+        "Matrices: auto, int8, int4, int4:group=64,mins, bf16, ... (see `list formats`).",
+    ),
     "kv_dtype": (str, ("--kv-dtype",), "KV cache: auto, float32, float16, bfloat16."),
-    "context": (int | None, ("--context", "-c"), "Longest sequence in tokens; default: the model's, as far as memory allows."),
-    "kv_memory": (str | None, ("--kv-memory",), "Memory of the KV cache, such as 2GiB; default: as needed, at most half of what is free."),
+    "context": (
+        int | None,
+        ("--context", "-c"),
+        "Longest sequence in tokens; default: the model's, as far as memory allows.",
+    ),
+    "kv_memory": (
+        str | None,
+        ("--kv-memory",),
+        "Memory of the KV cache, such as 2GiB; default: as needed, at most half of what is free.",
+    ),
     "max_rows": (int, ("--max-rows",), "Tokens computed in one step, over all sequences."),
     "max_seqs": (int, ("--max-seqs",), "Sequences running at once."),
     "chunk": (int | None, ("--chunk",), "Most tokens of one prompt in one step; default: max-rows."),
     "threads": (int | None, ("--threads", "-t"), "Threads; default: usable cores."),
     "backend": (str, ("--backend",), "auto, native, reference (NumPy, slow), torch (GPU)."),
     "isa": (str | None, ("--isa",), "Instruction set of the native core; default: the best that works (see `doctor`)."),
-    "use": (list[str], ("--use", "-u"), "A technique, as area/name:key=value,...; no:area/name switches a default off. Repeatable."),
+    "use": (
+        list[str],
+        ("--use", "-u"),
+        "A technique, as area/name:key=value,...; no:area/name switches a default off. Repeatable.",
+    ),
     "offline": (bool | None, ("--offline/--online",), "Never contact the hub (also HF_HUB_OFFLINE=1)."),
     "chat_template": (str | None, ("--chat-template",), "A Jinja file, or chatml, llama3, plain."),
 }
@@ -50,13 +66,21 @@ def engine_options(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command --model and all engine options; it receives `model: str | None` and `config: EngineConfig`."""
     defaults = EngineConfig()
     own = [p for p in inspect.signature(fn).parameters.values() if p.name not in ("model", "config")]
-    model = typer.Option(None, "--model", "-m", envvar="PACELINE_MODEL", help="Folder, .gguf file, hub name, or an embedded model; default: lab-8m.")
+    model = typer.Option(
+        None,
+        "--model",
+        "-m",
+        envvar="PACELINE_MODEL",
+        help="Folder, .gguf file, hub name, or an embedded model; default: lab-8m.",
+    )
     shared = [inspect.Parameter("model", inspect.Parameter.KEYWORD_ONLY, default=model, annotation=str | None)]
     for name, (kind, flags, text) in ENGINE.items():
         value = list(defaults.use) if name == "use" else getattr(defaults, name)
         option = typer.Option(value, *flags, envvar=f"PACELINE_{name.upper()}", help=text, rich_help_panel="Engine")
         shared.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind))
-    recipe = typer.Option(None, "--recipe", envvar="PACELINE_RECIPE", help="A recipe file (TOML) of techniques.", rich_help_panel="Engine")
+    recipe = typer.Option(
+        None, "--recipe", envvar="PACELINE_RECIPE", help="A recipe file (TOML) of techniques.", rich_help_panel="Engine"
+    )
     shared.append(inspect.Parameter("recipe", inspect.Parameter.KEYWORD_ONLY, default=recipe, annotation=Path | None))
 
     @functools.wraps(fn)

@@ -17,7 +17,9 @@ def register(app: typer.Typer) -> None:
     def quantize(
         model: str = typer.Argument(..., help="Folder, .gguf file, hub name, or an embedded model."),
         out: Path = typer.Argument(..., help="The folder to write; it must not exist."),
-        format: str = typer.Option("int4", "--format", "-f", help="int8, int8:group=0 (per channel), int4, int4:group=64,mins, ..."),
+        format: str = typer.Option(
+            "int4", "--format", "-f", help="int8, int8:group=0 (per channel), int4, int4:group=64,mins, ..."
+        ),
         overwrite: bool = typer.Option(False, "--overwrite", help="Replace an earlier quantised folder of ours."),
         offline: bool = typer.Option(None, "--offline/--online", help="Never contact the hub."),
         json: bool = JSON,

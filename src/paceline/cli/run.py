@@ -113,7 +113,9 @@ def register(app: typer.Typer) -> None:
         ignore_eos: bool = typer.Option(False, "--ignore-eos", help="Go on after the end token, up to --max-tokens."),
         logprobs: int = typer.Option(None, help="Report log-probabilities with this many alternatives (JSON)."),
         chat: bool = typer.Option(
-            None, "--chat/--raw", help="Put the prompt in the model's chat template. Default: only for the embedded model."
+            None,
+            "--chat/--raw",
+            help="Put the prompt in the model's chat template. Default: only for the embedded model.",
         ),
         system: str = typer.Option(None, help="A system message (implies --chat)."),
         json: bool = JSON,
@@ -142,7 +144,9 @@ def register(app: typer.Typer) -> None:
         with llm:
             params = llm.default_params().with_(**given, ignore_eos=ignore_eos)
             if chat or system or (chat is None and model is None):
-                messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": asked}]
+                messages = ([{"role": "system", "content": system}] if system else []) + [
+                    {"role": "user", "content": asked}
+                ]
                 tokens: Any = llm.chat_prompt(messages)
             else:
                 tokens = asked

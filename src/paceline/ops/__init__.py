@@ -94,8 +94,15 @@ class Ops(Protocol):
         """The rows batch.want of x."""
 
     # choosing tokens (NumPy in, NumPy out)
-    def sample(self, logits: np.ndarray, temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray,
-               min_p: np.ndarray, u: np.ndarray) -> np.ndarray:
+    def sample(
+        self,
+        logits: np.ndarray,
+        temperature: np.ndarray,
+        top_k: np.ndarray,
+        top_p: np.ndarray,
+        min_p: np.ndarray,
+        u: np.ndarray,
+    ) -> np.ndarray:
         """Row-wise token ids int64. temperature 0 (or below 1e-5): argmax, lowest id on ties. Otherwise softmax(logits / temperature)
         restricted to: the top_k largest (0: all; ties by lower id), then the smallest set in descending order whose mass reaches top_p
         of that, then probabilities >= min_p * largest; renormalised; the inverse CDF in descending order (ties: lower id) at u in [0,1)."""

@@ -15,7 +15,7 @@ from paceline import _native
 from paceline.core.batch import Batch, GroupBatch
 from paceline.core.errors import ConfigError
 from paceline.core.specs import AttnSpec
-from paceline.ops import Array, Experts, Rope
+from paceline.ops import Array, Experts, Rope, formats
 from paceline.ops.packed import LANES, Packed
 from paceline.ops.record import Recorder, Reg
 
@@ -64,6 +64,21 @@ class NativeOps:
         """Why the kernels cannot take `w`, or None."""
         return why_not(w)
 
+    def pack(self, w: np.ndarray, fmt: str, group: int | None = None, mins: bool = False) -> Packed:
+        """`formats.get(fmt).pack(w, group, mins)` with the same bits, by native code.
+
+        w: (n_out, n_in) float32, float16 or bfloat16. Raises CheckpointError for NaN, infinity and values out of range.
+        """
+        form = formats.get(fmt)
+        if form.why_not(w.shape, group, mins) or not w.flags.c_contiguous or str(w.dtype) not in POOL_DTYPES:
+            return form.pack(w, group, mins)  # which copies what is strided and says what is wrong
+        group = form.default_group if group is None else group
+        out = {k: self.empty(shape, str(dtype)) for k, (shape, dtype) in form.arrays(w.shape, group, mins).items()}
+        raw = [None if a is None else _raw(a) for a in (out["data"], out.get("scales"), out.get("mins"))]
+        if self.device.pack(_raw(w), str(w.dtype), form.name, group, *raw):
+            return form.pack(w, group, mins)
+        return Packed(form.name, w.shape, out["data"], out.get("scales"), out.get("mins"), group)
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         """An uninitialised, aligned array (huge pages when large)."""
         array = np.asarray(_native.Buffer(list(shape), dtype))
@@ -77,7 +92,9 @@ class NativeOps:
     def begin(self, batch: Batch) -> _native.Step:
         groups = [(self._pools_of(g), g.slots, g.tables, g.lens) for g in batch.groups]
         cu_layer, layer_at = self._layer_map(batch)
-        return _native.Step(batch.tokens, batch.positions, batch.cu_rows, batch.want, groups, cu_layer, layer_at, batch.mask, batch.tail)
+        return _native.Step(
+            batch.tokens, batch.positions, batch.cu_rows, batch.want, groups, cu_layer, layer_at, batch.mask, batch.tail
+        )
 
     def _pools_of(self, g: GroupBatch) -> _native.Pools:
         """Bound once per group, and again when its arrays are other ones."""
@@ -95,7 +112,9 @@ class NativeOps:
     def _layer_map(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Where each layer's KV lives: (group, place within the group's layers), flat with offsets."""
         if self._layers is None or self._layers[0] is not batch.of_layer:
-            at = [[(g, batch.groups[g].group.layers.index(layer)) for g in gs] for layer, gs in enumerate(batch.of_layer)]
+            at = [
+                [(g, batch.groups[g].group.layers.index(layer)) for g in gs] for layer, gs in enumerate(batch.of_layer)
+            ]
             cu = np.cumsum([0, *map(len, at)]).astype(np.int32)
             flat = np.array([pair for pairs in at for pair in pairs], np.int32).reshape(-1, 2)
             self._layers = (batch.of_layer, cu, flat)
@@ -114,12 +133,25 @@ class NativeOps:
 
     # ---- activations ----
 
-    def _apply(self, op: str, ins: tuple[Array, ...], cols: int, args: tuple[Any, ...] = (), batch: Any = None, wanted: bool | None = None) -> Array:
+    def _apply(
+        self,
+        op: str,
+        ins: tuple[Array, ...],
+        cols: int,
+        args: tuple[Any, ...] = (),
+        batch: Any = None,
+        wanted: bool | None = None,
+    ) -> Array:
         """Record the op when tracing; otherwise run it as a program of its own."""
         recorder = batch if isinstance(batch, Recorder) else next((x.recorder for x in ins if isinstance(x, Reg)), None)
         if recorder is not None:
             return recorder.call(op, ins, cols, _lower(args), wanted)
-        key = (op, cols, *(x.shape[1] for x in ins), *(a if isinstance(a, int | float | str | None) else id(a) for a in args))
+        key = (
+            op,
+            cols,
+            *(x.shape[1] for x in ins),
+            *(a if isinstance(a, int | float | str | None) else id(a) for a in args),
+        )
         known = self._eager.get(key)
         if known is None:
             if len(self._eager) >= _EAGER_PROGRAMS:
@@ -127,7 +159,10 @@ class NativeOps:
             recorder = Recorder()
             inputs = [recorder.input(x.shape[1]) for x in ins]
             out = recorder.call(op, inputs, cols, _lower(args), wanted)
-            known = self._eager[key] = (recorder.finish(self.device, [out]), args)  # args live on, so their ids stay theirs
+            known = self._eager[key] = (
+                recorder.finish(self.device, [out]),
+                args,
+            )  # args live on, so their ids stay theirs
         return known[0].run(batch, *[_matrix(x) for x in ins])
 
     def embed(self, batch: Any, table: Packed, *, by: str = "tokens") -> Array:
@@ -147,7 +182,15 @@ class NativeOps:
         return self._apply("rope", (x,), x.shape[1], (rope.cos, rope.sin, rope.dim, head_dim, rope.interleaved), batch)
 
     def attention(self, q: Array, k: Array, v: Array, batch: Any, layer: int, spec: AttnSpec) -> Array:
-        args = (layer, spec.n_heads, spec.n_kv_heads, spec.dim, float(spec.scale), spec.window or 0, float(spec.softcap or 0.0))
+        args = (
+            layer,
+            spec.n_heads,
+            spec.n_kv_heads,
+            spec.dim,
+            float(spec.scale),
+            spec.window or 0,
+            float(spec.softcap or 0.0),
+        )
         return self._apply("attention", (q, k, v), q.shape[1], args, batch)
 
     def act(self, x: Array, kind: str) -> Array:
@@ -190,7 +233,9 @@ class NativeOps:
         )  # fmt: skip
 
     def logprobs(self, logits: np.ndarray, ids: np.ndarray, n_top: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self.device.logprobs(np.ascontiguousarray(logits, np.float32), np.ascontiguousarray(ids, np.int64), n_top)
+        return self.device.logprobs(
+            np.ascontiguousarray(logits, np.float32), np.ascontiguousarray(ids, np.int64), n_top
+        )
 
 
 # ---- what crosses the border ----

@@ -97,7 +97,9 @@ class Recorder:
         return [(i, _stride(self.widths[i]), first[i], last[i]) for i in first if i not in slots]
 
     def _ref(self, r: Reg, slots: dict[int, int], places: dict[int, int]) -> _native.Ref:
-        return _native.Ref(slots.get(r.id, -1), r.wanted, places.get(r.id, 0), _stride(self.widths[r.id]), r.col, r.cols)
+        return _native.Ref(
+            slots.get(r.id, -1), r.wanted, places.get(r.id, 0), _stride(self.widths[r.id]), r.col, r.cols
+        )
 
 
 def _stride(cols: int) -> int:
