@@ -39,7 +39,9 @@ library of the interpreter that ran the training (CPython 3.11.7): its Python so
 language reference that `pydoc` carries, and docstrings. Five per cent of the files and of the problems
 are kept out of training by a fixed hash; the tables below use only those, except "answers of fresh
 documents", whose documents are new draws that are not checked against training. Chat questions are held
-out by phrasing: the fact itself was seen.
+out by phrasing: the fact itself was seen. The perplexity of "documentation" is optimistic: a held-out
+docstring is usually also part of a module's source, which may have been trained on, and its first
+sentence may have been a chat answer.
 """
 LIMITS = """\
 ## Reading the tables

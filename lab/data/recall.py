@@ -15,6 +15,7 @@ VALUES = listed(
 )
 DISTANCES = (512, 1024, 2048, 4096)
 LONGEST = 3800  # tokens; what a distance of 4,096 leaves for the question and the answer
+LONGEST_NOTES = 3600  # tokens; running text is less predictable in length
 FORMS = ("table", "notes", "chat")
 PAIR_TOKENS = 8  # a pair line such as "kavo = 482" with its newline, on average
 
@@ -145,7 +146,7 @@ class Recall:
         facts = [(name, content), *others]
         task = f"recall-{form}-{distance}"
         if form == "notes":
-            body = self.scatter(rng, facts, max(0, length - len(facts) * PAIR_TOKENS))
+            body = self.scatter(rng, facts, max(0, min(length, LONGEST_NOTES) - len(facts) * PAIR_TOKENS))
             return Item(task, f"{body}\n{name} =", f" {content}\n")
         body = "".join(f"{left} = {right}\n" for left, right in facts)
         if form == "table":

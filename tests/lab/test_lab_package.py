@@ -113,3 +113,13 @@ def test_chat_template_renders_as_the_training_prompts() -> None:
     dialog = [user, {"role": "assistant", "content": "2 + 2 = 4"}]
     rendered = template.render(messages=dialog, add_generation_prompt=False)
     assert rendered == chat_prompt("What is 2 + 2?") + "2 + 2 = 4<|im_end|>\n"
+
+
+def test_longest_recall_items_fit_the_context() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    from lab.data import generators
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(lab.path() / "tokenizer.json"))
+    longest = [item for item in generators()["recall"].items(1000, 30) if item.task.endswith("4096")]
+    lengths = [len(tokenizer.encode(item.prompt + item.answer).ids) for item in longest]
+    assert 3000 < min(lengths) <= max(lengths) <= 4096

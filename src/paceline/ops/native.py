@@ -57,6 +57,21 @@ class NativeOps:
         self._eager: dict[tuple[Any, ...], tuple[_native.Program, tuple[Any, ...]]] = {}
         self._pools: dict[int, tuple[list[Any], _native.Pools]] = {}
         self._layers: tuple[Any, np.ndarray, np.ndarray] | None = None
+        self._self_test()
+
+    def _self_test(self) -> None:
+        """Small integers through the instructions that differ most between machines; about a millisecond."""
+        x = (np.arange(8 * 64, dtype=np.float32).reshape(8, 64) * 7) % 255 - 127
+        x[:, 0] = 127  # the largest: integers then quantise to themselves
+        want = x @ x.T
+        for fmt in ("int8", "bf16"):
+            w = self.pack(x, fmt, 0)
+            for n in (1, 8):
+                if not np.array_equal(np.asarray(self.linear(x[:n], w)), want[:n]):
+                    raise ConfigError(
+                        f"isa = {self.isa!r}: wrong results in the self-test on this machine; choose another with {ISA_VARIABLE}"
+                    )
+        self._eager.clear()
 
     # ---- weights and memory ----
 
@@ -74,8 +89,8 @@ class NativeOps:
             return form.pack(w, group, mins)  # which copies what is strided and says what is wrong
         group = form.default_group if group is None else group
         out = {k: self.empty(shape, str(dtype)) for k, (shape, dtype) in form.arrays(w.shape, group, mins).items()}
-        raw = [None if a is None else _raw(a) for a in (out["data"], out.get("scales"), out.get("mins"))]
-        if self.device.pack(_raw(w), str(w.dtype), form.name, group, *raw):
+        scales, mins_ = (_raw(out[name]) if name in out else None for name in ("scales", "mins"))
+        if self.device.pack(_raw(w), str(w.dtype), form.name, group, _raw(out["data"]), scales, mins_):
             return form.pack(w, group, mins)
         return Packed(form.name, w.shape, out["data"], out.get("scales"), out.get("mins"), group)
 
