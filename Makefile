@@ -13,7 +13,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip
 
-$(VENV)/.installed: $(BIN)/python pyproject.toml CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h)
+$(VENV)/.installed: $(BIN)/python pyproject.toml CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h)
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 
@@ -23,7 +23,7 @@ $(VENV)/.tools: $(VENV)/.installed
 
 $(VENV)/.oracles: $(VENV)/.tools
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet transformers
+	$(BIN)/pip install --quiet --editable '.[oracle]'
 	touch $@
 
 run: $(VENV)/.installed  ## build, install and answer from the embedded model
@@ -36,8 +36,8 @@ lint: $(VENV)/.tools     ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-sanitize: $(BIN)/python  ## native tests under AddressSanitizer and UBSan
-	tools/sanitize.sh
+sanitize: $(VENV)/.tools ## native tests under AddressSanitizer and UBSan
+	PATH="$(abspath $(BIN)):$$PATH" tools/sanitize.sh
 
 clean:
 	rm -rf $(VENV) build

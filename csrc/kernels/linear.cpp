@@ -28,7 +28,8 @@ void linear(const Ctx& c, const LinearArgs& a) {
   j.n_groups = a.w.group ? j.k / a.w.group : 1;
   const bool codes = !is_float(a.w.format), tiled = codes || (PL_VNNI && a.w.format == Format::bf16);
 #if PL_AMX
-  if (tiled && !(codes && j.n_rows <= kVnniRows)) {
+  const int64_t few = a.w.format == Format::int4 && a.w.group == 32 ? kVnniRows32 : kVnniRows;
+  if (tiled && !(codes && j.n_rows <= few)) {
     j.a = prepare(c, a, j.k, j.n_groups, true, min_of<int64_t>(16, j.n_rows));
     return run_amx(c, j);
   }

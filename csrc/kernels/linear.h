@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t kTaskBytes = 128 << 10;   // weight bytes that make a task worth waking a thread for (about 10 us)
 constexpr int64_t kPrefetch = 2048;         // bytes ahead in each block's weight stream
 constexpr int64_t kVnniRows = 4;            // int8, int4 on AMX machines: up to this many rows the vector kernels are faster
+constexpr int64_t kVnniRows32 = 16;         // the same for int4 in groups of 32, where folding the groups outweighs the tiles
 constexpr int64_t kPanelRows = 512;         // AMX: rows a task takes through its strip
 constexpr int64_t kMaxStrip = 16;           // AMX: lane blocks of a strip; with kChunkMany tiles of 1 KiB each, 1 MiB stays in L2
 constexpr int64_t kChunkMany = 64;          // AMX: k tiles of a chunk where rows are many (even: a group spans up to two tiles)

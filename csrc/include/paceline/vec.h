@@ -1,6 +1,5 @@
 // Sixteen float lanes, the same on every instruction set: one AVX-512 register, two AVX2 registers, or an array. Lane order and the
-// order of every reduction are fixed, so a kernel written with these gives the same bits on all of them (but for `generic` on
-// processors without a fused multiply-add, where vfma rounds twice).
+// order of every reduction are fixed, so a kernel written with these gives the same bits on all of them.
 #pragma once
 #include <string.h>
 
@@ -135,11 +134,7 @@ PL_INLINE V vadd(V a, V b) { PL_EACH(a.f[i] + b.f[i]); }
 PL_INLINE V vsub(V a, V b) { PL_EACH(a.f[i] - b.f[i]); }
 PL_INLINE V vmul(V a, V b) { PL_EACH(a.f[i] * b.f[i]); }
 PL_INLINE V vdiv(V a, V b) { PL_EACH(a.f[i] / b.f[i]); }
-#ifdef __FP_FAST_FMAF
-PL_INLINE V vfma(V a, V b, V c) { PL_EACH(__builtin_fmaf(a.f[i], b.f[i], c.f[i])); }
-#else  // a library call for every lane would be some twenty times slower
-PL_INLINE V vfma(V a, V b, V c) { PL_EACH(a.f[i] * b.f[i] + c.f[i]); }
-#endif
+PL_INLINE V vfma(V a, V b, V c) { PL_EACH(__builtin_fmaf(a.f[i], b.f[i], c.f[i])); }  // may be a library call: slow, but one rounding
 PL_INLINE V vmax(V a, V b) { PL_EACH(a.f[i] > b.f[i] ? a.f[i] : b.f[i]); }
 PL_INLINE V vmin(V a, V b) { PL_EACH(a.f[i] < b.f[i] ? a.f[i] : b.f[i]); }
 PL_INLINE V vabs(V a) { PL_EACH(__builtin_fabsf(a.f[i])); }
