@@ -6,11 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from paceline import models
-from paceline.assemble import Progress, locate, read_tokenizer, under
+from paceline.assemble import Progress, locate, native_isas, read_tokenizer, under
 from paceline.checkpoints import open_checkpoint
 from paceline.checkpoints.packed import save_packed
 from paceline.core.config import EngineConfig
 from paceline.models import loader
+from paceline.ops import formats
+
+
+def packer() -> loader.Packer:
+    """The fastest packing there is here."""
+    if not native_isas():
+        return formats.pack
+    from paceline.ops.native import NativeOps
+
+    return NativeOps().pack
 
 
 def quantize(
@@ -27,7 +37,9 @@ def quantize(
         save_packed(
             out,
             checkpoint.config,
-            loader.parameters(checkpoint, model_config, choice, notes, progress and under("quantising", progress)),
+            loader.parameters(
+                checkpoint, model_config, choice, notes, progress and under("quantising", progress), packer()
+            ),
             form=config.format,
             generation=checkpoint.generation,
             source=checkpoint.path if checkpoint.path.is_dir() else None,

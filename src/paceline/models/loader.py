@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from paceline.ops.packed import Codes, Packed
 
 Progress = Callable[[int, int, str], None]
 """Called after each parameter with the bytes packed so far, the bytes expected in the end, and the parameter's name."""
+
+Packer = Callable[[Any, str, "int | None", bool], Packed]
+"""`Ops.pack`: a matrix, and the name, group and mins of its format."""
 
 F32 = Spec("f32")
 INT8 = Spec("int8", 32)
@@ -188,7 +191,7 @@ def load(
         raise ConfigError(f"context = {context}: must be from 1 to {config.max_context}, the reach of its positions")
     weights: dict[str, Packed | np.ndarray] = {}
     notes: list[str] = []
-    for name, w in parameters(checkpoint, config, format, notes, progress):
+    for name, w in parameters(checkpoint, config, format, notes, progress, ops.pack):
         if isinstance(w, Packed) and (why := ops.why_not(w)) is not None:
             raise ConfigError(f"format {w.format} of {name}: {ops.name} ops refuse it: {why}; choose another format")
         weights[name] = w
@@ -203,10 +206,12 @@ def parameters(
     format: FormatChoice,
     notes: list[str],
     progress: Progress | None = None,
+    pack: Packer = formats.pack,
 ) -> Iterator[tuple[str, Packed | np.ndarray]]:
     """Every parameter of the program by name, read and packed one at a time: float32 vectors and `Packed` matrices.
 
-    What is not kept as asked is said in `notes`. Raises CheckpointError: names and shapes first, then each weight.
+    What is not kept as asked is said in `notes`; `pack` is the backend's (all give the same bits). Raises
+    CheckpointError: names and shapes first, then each weight.
     """
     net = models.get(config.model_type).Net
     infos = checkpoint.tensors()
@@ -220,7 +225,7 @@ def parameters(
         if p.kind == "vector":
             w: Packed | np.ndarray = _vector(parts)
         else:
-            w = _matrix(name, parts, format.wanted(name, p.kind, {part.dtype for part in parts}), notes)
+            w = _matrix(name, parts, format.wanted(name, p.kind, {part.dtype for part in parts}), notes, pack)
         yield name, w
         done += w.nbytes
         if progress:
@@ -261,15 +266,15 @@ def _vector(parts: Sequence[_Part]) -> np.ndarray:
     return np.concatenate([cast(np.ndarray, part.w).astype(np.float32) for part in parts])
 
 
-def _matrix(name: str, parts: Sequence[_Part], wanted: Spec | None, notes: list[str]) -> Packed:
+def _matrix(name: str, parts: Sequence[_Part], wanted: Spec | None, notes: list[str], pack: Packer) -> Packed:
     """The parts below each other in the wanted format, or in their own."""
     stored = parts[0].w
     if isinstance(stored, Packed):
-        return _kept(name, parts, stored, wanted, notes)
+        return _kept(name, parts, stored, wanted, notes, pack)
     forms = {part.form for part in parts}
     form = forms.pop() if len(forms) == 1 else None
     if form is not None and (wanted is None or wanted.name == form.name):
-        return _pack(parts, form, _joined([cast(Codes, part.w) for part in parts]))
+        return _pack(parts, form, _joined([cast(Codes, part.w) for part in parts]), formats.pack)
     if forms:
         notes.append(
             f"{name}: its parts are stored in different formats; they were decoded, and kept as {wanted or INT8}"
@@ -280,20 +285,20 @@ def _matrix(name: str, parts: Sequence[_Part], wanted: Spec | None, notes: list[
     arrays = [dequantise(part.w) if isinstance(part.w, Codes) else cast(np.ndarray, part.w) for part in parts]
     if len({a.dtype for a in arrays}) > 1:
         arrays = [a.astype(np.float32) for a in arrays]
-    return _pack(parts, wanted, arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
+    return _pack(parts, wanted, arrays[0] if len(arrays) == 1 else np.concatenate(arrays), pack)
 
 
-def _kept(name: str, parts: Sequence[_Part], w: Packed, wanted: Spec | None, notes: list[str]) -> Packed:
+def _kept(name: str, parts: Sequence[_Part], w: Packed, wanted: Spec | None, notes: list[str], pack: Packer) -> Packed:
     """A matrix of our own checkpoints: mapped from the file (checked when it was written), or as asked."""
     if wanted is None or wanted.name == w.format:
         return w
     notes.append(f"{name}: stored as {w.format}, decoded and kept as {wanted}, as asked")
-    return _pack(parts, wanted, formats.get(w.format).unpack(w))
+    return _pack(parts, wanted, formats.get(w.format).unpack(w), pack)
 
 
-def _pack(parts: Sequence[_Part], form: Spec, w: np.ndarray | Codes) -> Packed:
+def _pack(parts: Sequence[_Part], form: Spec, w: np.ndarray | Codes, pack: Packer) -> Packed:
     try:
-        return form.pack(w)
+        return pack(w, form.name, form.group, form.mins)
     except CheckpointError as e:
         named = next((part.source for part in parts if not part.finite), ", ".join(part.source for part in parts))
         raise CheckpointError(f"{named}: {e}") from None

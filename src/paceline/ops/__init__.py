@@ -50,6 +50,9 @@ class Ops(Protocol):
 
     def why_not(self, w: Packed) -> str | None: ...
 
+    def pack(self, w: np.ndarray, fmt: str, group: int | None = None, mins: bool = False) -> Packed:
+        """What `formats.pack` gives, bit for bit, as fast as this backend can."""
+
     # memory of the KV cache, in this backend's array type
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any: ...
     def move(self, pool: Any, src: np.ndarray, dst: np.ndarray) -> None:

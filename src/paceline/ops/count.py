@@ -118,6 +118,9 @@ class CountOps:
         self.ledger.entries.append(Entry(op, layer, Cost(read=read, written=out.nbytes, **cost)))
         return out
 
+    def pack(self, w: np.ndarray, fmt: str, group: int | None = None, mins: bool = False) -> Packed:
+        return formats.pack(w, fmt, group, mins)
+
     def why_not(self, w: Packed) -> str | None:
         known = formats.names()
         return None if w.format in known else f"format {w.format!r} is unknown; there are {', '.join(known)}"

@@ -94,6 +94,9 @@ class ReferenceOps:
         self._bf16 = getattr(self.xp, "bfloat16", ml_dtypes.bfloat16)
         self._cache = _Cache(cache_bytes)
 
+    def pack(self, w: np.ndarray, fmt: str, group: int | None = None, mins: bool = False) -> Packed:
+        return formats.pack(w, fmt, group, mins)
+
     def why_not(self, w: Packed) -> str | None:
         known = formats.names()
         return None if w.format in known else f"format {w.format!r} is unknown; there are {', '.join(known)}"

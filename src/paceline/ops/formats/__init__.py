@@ -17,7 +17,7 @@ from paceline.core.errors import ConfigError
 from paceline.ops.formats.base import Arrays, Format
 from paceline.ops.packed import Codes, Packed
 
-__all__ = ["Arrays", "Format", "Spec", "get", "names", "nbytes", "parse", "placeholder"]
+__all__ = ["Arrays", "Format", "Spec", "get", "names", "nbytes", "pack", "parse", "placeholder"]
 
 ALIASES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
@@ -37,6 +37,11 @@ def get(name: str) -> Format:
     found: Format = importlib.import_module(f"{__name__}.{name}").FORMAT
     assert found.name == name, f"formats/{name}.py names its format {found.name}"
     return found
+
+
+def pack(w: np.ndarray | Codes, name: str, group: int | None = None, mins: bool = False) -> Packed:
+    """`get(name).pack(w, group, mins)`."""
+    return get(name).pack(w, group, mins)
 
 
 @dataclass(frozen=True)
