@@ -169,6 +169,12 @@ class LLM:
             raise RequestError("prompt: this model has no tokenizer; give token ids")
         return self.tokenizer.encode(prompt)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was decided or done that nobody asked for: a reduced context, converted weights, a dropped default."""
+        dropped = (f"{name} is off: {why}" for name, why in self.plan.refused.items())
+        return (*self.plan.notes, *self.plan.model.notes, *self._assembled.model.notes, *dropped)
+
     def default_params(self) -> SamplingParams:
         """What generation_config.json recommends, else temperature 1."""
         return params_from(self._assembled.inspected.checkpoint.generation)

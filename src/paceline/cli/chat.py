@@ -197,6 +197,7 @@ def register(app: typer.Typer) -> None:
         with show.progress() as update:
             llm = LLM(model, config, progress=update)
         with llm:
+            show.notes(llm.notes)
             llm.chat_template()  # a model that cannot chat is refused before the first question
             tty = sys.stdin.isatty()
             if tty:

@@ -109,4 +109,6 @@ def register(app: typer.Typer) -> None:
         ]
         show.table("doctor", ("what", "finding"), rows)
         for m in found["missing"]:
-            show.out.print(f"missing: [bold]{m['what']}[/bold] ({m['for']}): {m['remedy']}", highlight=False)
+            show.out.print(
+                f"missing: {m['what']} ({m['for']}): {m['remedy']}", highlight=False, markup=False, soft_wrap=True
+            )

@@ -84,7 +84,8 @@ def register(app: typer.Typer) -> None:
 
         text = read_text(file)
         with (
-            show.progress(not json) as update, LLM(against or model, replace(config, format=against_format), progress=update) as reference,
+            show.progress(not json) as update,
+            LLM(against or model, replace(config, format=against_format), progress=update) as reference,
             LLM(model, config, progress=update) as candidate,
         ):
             tokens = candidate.tokens(text)[:max_tokens]

@@ -142,6 +142,7 @@ def register(app: typer.Typer) -> None:
         with show.progress(not json) as update:
             llm = LLM(model, config, progress=update)
         with llm:
+            show.notes(llm.notes)
             params = llm.default_params().with_(**given, ignore_eos=ignore_eos)
             if chat or system or (chat is None and model is None):
                 messages = ([{"role": "system", "content": system}] if system else []) + [

@@ -31,6 +31,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], con
     console.print(t)
 
 
+def notes(texts: Sequence[str]) -> None:
+    """What the user should know although nothing failed, on stderr."""
+    for text in texts:
+        err.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
+
+
 def size(n: float) -> str:
     """Bytes for people."""
     for unit in ("B", "KiB", "MiB"):

@@ -185,6 +185,10 @@ def resolve(
     max_wanted = max(16, min(config.max_rows, (64 << 20) // (4 * model.n_vocab)))
     limits = Limits(config.max_rows, config.max_seqs, config.chunk or config.max_rows, max_wanted)
     context, n_pages, notes = _memory(config, model, machine, per_token, limits)
+    if backend == "reference" and config.backend == "auto":
+        notes.append(
+            "the native core is not built, so this runs on the slow reference ops (`paceline doctor` says how to mend it)"
+        )
     plan = Plan(
         model,
         machine,
