@@ -19,7 +19,7 @@ from paceline.checkpoints.base import Checkpoint
 from paceline.checkpoints.detokenize import Detokenizer, StopScanner
 from paceline.checkpoints.tokenizer import Tokenizer
 from paceline.core.clock import Clock
-from paceline.core.config import EngineConfig, Machine, ModelFacts, Plan, resolve
+from paceline.core.config import EngineConfig, Machine, ModelFacts, Plan, problems_without_model, resolve
 from paceline.core.engine import Engine, Serving
 from paceline.core.errors import CheckpointError, ConfigError
 from paceline.core.kvcache import KVCache, make_groups
@@ -79,12 +79,17 @@ def open_model(model: str | Path | Checkpoint | None, config: EngineConfig) -> C
 
 def inspect(model: str | Path | Checkpoint | None, config: EngineConfig, progress: Any = None) -> Inspected:
     """Everything that can be known and refused before a weight is read. Raises PacelineError subclasses."""
-    problems = config.problems()
+    here = machine()
+    problems = problems_without_model(config, here, techniques.get, default_use())
+    try:
+        formats = loader.FormatChoice.parse(config.format)
+    except ConfigError as e:
+        problems += e.problems
     if problems:
         raise ConfigError(problems)
+    formats = loader.FormatChoice.parse(config.format, config.dtype)
     checkpoint = open_model(model, config)
     model_config = models.read(checkpoint.config)
-    formats = loader.FormatChoice.parse(config.format, config.dtype)
     sizes = loader.plan_sizes(model_config, formats, checkpoint)
     tokenizer = read_tokenizer(checkpoint)
     if tokenizer is not None:
@@ -105,7 +110,7 @@ def inspect(model: str | Path | Checkpoint | None, config: EngineConfig, progres
         dtype=sizes.dtype,
         notes=tuple(getattr(checkpoint, "notes", ())),
     )
-    plan = resolve(config, facts, machine(), techniques.get, default_use())
+    plan = resolve(config, facts, here, techniques.get, default_use())
     return Inspected(checkpoint, model_config, formats, tokenizer, plan)
 
 

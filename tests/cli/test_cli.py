@@ -115,10 +115,11 @@ def test_explain_reads_no_weights_and_names_every_problem() -> None:
     plan = answer("explain", "-c", "512")
     assert plan["context"] == 512
     assert plan["techniques"] == ["serving/radix"]
-    bad = paceline("explain", *SMALL[:2], "--dtype", "fp7", "--isa", "mmx", "--use", "kvcache/nothing")
+    args = ("--dtype", "fp7", "--isa", "mmx", "--use", "kvcache/nothing", "--format", "int5", "--max-rows", "0")
+    bad = paceline("explain", *SMALL[:2], *args)
     assert bad.returncode == 2
-    for part in ("dtype = 'fp7'", "kvcache/nothing"):
-        assert part in bad.stderr or "dtype" in bad.stderr
+    for part in ("dtype = 'fp7'", "isa = 'mmx'", "kvcache/nothing", "int5", "max_rows = 0"):
+        assert part in bad.stderr
     assert "Traceback" not in bad.stderr
 
 

@@ -211,6 +211,16 @@ def resolve(
     return plan
 
 
+def problems_without_model(
+    config: EngineConfig, machine: Machine, lookup: Callable[[str], type[Technique]], defaults: Sequence[str] = ()
+) -> list[str]:
+    """Everything that stands against these options whatever the model, so that it is told before one is looked for."""
+    problems = config.problems()
+    _backend(config, machine, problems)
+    _techniques(config, lookup, defaults, problems)
+    return problems
+
+
 def _backend(config: EngineConfig, machine: Machine, problems: list[str]) -> tuple[str, str | None]:
     backend = config.backend
     if backend == "auto":
