@@ -16,7 +16,7 @@ from paceline.core.sequence import NO_DRAFT, Draft, Sequence
 from paceline.core.types import Request, SamplingParams
 
 from .conftest import BACKENDS, make_backend
-from .tiny import request, run_all, tiny_engine, tiny_model
+from .tiny import CONFIG, WINDOWED, request, run_all, tiny_engine, tiny_model
 
 N_SCHEDULES = int(os.environ.get("PACELINE_TEST_SCHEDULES", "20"))  # nightly: 200
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12}
@@ -86,7 +86,7 @@ def test_prefix_reuse_is_exact_and_counted(model: Any) -> None:
     engine.runner.parts.prefix.check()  # type: ignore[union-attr]
 
 
-def schedule_of(model: Any, seed: int) -> None:
+def schedule_of(model: Any, seed: int, plain: Any = None) -> None:
     """One random schedule: arrivals, chunking, page shortage, prefix hits; every sequence's logprobs are those of its run alone."""
     rng = random.Random(seed)
     n = rng.randint(2, 6)
@@ -109,7 +109,7 @@ def schedule_of(model: Any, seed: int) -> None:
     )  # fmt: skip
     outputs = run_all(engine, requests, at=[rng.randint(0, 12) for _ in requests])
     for r in requests:
-        want = alone(model, r)
+        want = alone(plain or model, r)
         assert [c.token_ids for c in outputs[r.id].completions] == [c.token_ids for c in want.completions]
         assert [c.logprobs for c in outputs[r.id].completions] == [c.logprobs for c in want.completions]
     engine.runner.cache.check_integrity(
@@ -120,6 +120,22 @@ def schedule_of(model: Any, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(N_SCHEDULES))
 def test_random_schedules_give_the_same_bits(model: Any, windowed: Any, seed: int) -> None:
     schedule_of(windowed if seed % 3 == 0 else model, seed)
+
+
+@pytest.fixture(scope="module")
+def by_threads() -> dict[int, tuple[Any, Any]]:
+    """Threads -> the plain and the windowed model on the native core."""
+    if "native" not in BACKENDS:
+        pytest.skip("the native core is not built")
+    return {n: tuple(tiny_model(make_backend("native", n), c) for c in (CONFIG, WINDOWED)) for n in (1, 2)}
+
+
+@pytest.mark.parametrize("seed", range(N_SCHEDULES))
+def test_random_schedules_on_two_threads_give_the_bits_of_one(
+    by_threads: dict[int, tuple[Any, Any]], seed: int
+) -> None:
+    which = int(seed % 3 == 0)
+    schedule_of(by_threads[2][which], seed, plain=by_threads[1][which])
 
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="the native core is not built")
