@@ -63,8 +63,10 @@ std::string why_not(const std::string& name) {
   if (!(bit(seven.b, 16) && bit(seven.b, 17) && bit(seven.b, 30) && bit(seven.b, 31))) return "the CPU has no AVX-512 (F, DQ, BW, VL)";
   if ((os & 0xe0) != 0xe0) return "the operating system does not save AVX-512 registers";
   if (name == "avx512") return "";
-  if (!(bit(seven.c, 11) && bit(seven1.a, 5))) return "the CPU has no AVX-512 VNNI with BF16";
+  if (!bit(seven.c, 11)) return "the CPU has no AVX-512 VNNI";
   if (name == "avx512_vnni") return "";
+  if (!bit(seven1.a, 5)) return "the CPU has no AVX-512 BF16";
+  if (name == "avx512_bf16" || name == "amx_emulated") return "";
   if (!(bit(seven.d, 22) && bit(seven.d, 24) && bit(seven.d, 25))) return "the CPU has no AMX (tile, int8, bf16)";
   if ((os & 0x60000) != 0x60000) return "the operating system does not save AMX tiles";
   if (!amx_permitted()) return "the operating system did not grant AMX tile data to this process";

@@ -26,7 +26,7 @@ void linear(const Ctx& c, const LinearArgs& a) {
   j.w = a.w, j.out = a.out, j.bias = a.bias;
   j.n_rows = c.n_rows, j.k = padded_k(a.w), j.block = block_bytes(a.w), j.n_blocks = ceil_div(a.w.n_out, 16);
   j.n_groups = a.w.group ? j.k / a.w.group : 1;
-  const bool codes = !is_float(a.w.format), tiled = codes || (PL_VNNI && a.w.format == Format::bf16);
+  const bool codes = !is_float(a.w.format), tiled = codes || (PL_BF16 && a.w.format == Format::bf16);
 #if PL_AMX
   const int64_t few = a.w.format == Format::int4 && a.w.group == 32 ? kVnniRows32 : kVnniRows;
   if (tiled && !(codes && j.n_rows <= few)) {

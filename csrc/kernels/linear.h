@@ -1,6 +1,6 @@
 // What the linear kernels share: blocking parameters, prepared activations, and the arithmetic that every path must do alike.
 #pragma once
-#include "paceline/vec.h"
+#include "paceline/tile.h"
 
 namespace paceline {
 namespace PL_ISA {
@@ -16,9 +16,6 @@ constexpr int64_t kMaxStrip = 16;           // AMX: lane blocks of a strip; with
 constexpr int64_t kChunkMany = 64;          // AMX: k tiles of a chunk where rows are many (even: a group spans up to two tiles)
 constexpr int64_t kChunkFew = 8;            // AMX: k tiles of int4 unpacked at once where rows are few, so that they stay in L1
 constexpr int64_t kTasksPerThread = 4;      // AMX: for balance
-
-// Tile instructions do not tell the compiler what memory they read: everything behind p is written out before it goes on.
-PL_INLINE void publish(const void* p) { asm volatile("" ::"r"(p) : "memory"); }
 
 constexpr bool is_float(Format f) { return f == Format::f32 || f == Format::f16 || f == Format::bf16; }
 

@@ -9,12 +9,6 @@ namespace paceline {
 namespace PL_ISA {
 namespace {
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};  // of a row
-  uint8_t rows[16] = {};
-};
-
 enum class Kind { bf16, int8, int4 };  // what the tiles hold: bf16, signed bytes, unsigned codes
 
 constexpr int64_t kTile = 1024;

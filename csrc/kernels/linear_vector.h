@@ -48,7 +48,7 @@ template <Format F, int MR, int NB> void float_rows(const Job& j, int64_t row, i
   for (int r = 0; r < MR; ++r)
     for (int b = 0; b < NB; ++b) acc[r][b] = vzero();
   const uint8_t* w = j.weights(block);
-#if PL_VNNI
+#if PL_BF16
   if (F == Format::bf16) {
     const uint8_t* x[MR];
     for (int r = 0; r < MR; ++r) x[r] = j.a.row(row + r);

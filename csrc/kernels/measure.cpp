@@ -53,11 +53,12 @@ double fma_rounds(float* sink) {
 
 #if PL_AMX
 template <bool kInt> double tile_rounds() {
-  alignas(64) uint8_t config[64] = {1}, zeros[1024] = {};
-  for (int i = 0; i < 8; ++i) config[16 + 2 * i] = 64, config[48 + i] = 16;
-  publish(config);
+  alignas(64) uint8_t zeros[1024] = {};
+  TileConfig config;
+  for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
+  publish(&config);
   publish(zeros);
-  _tile_loadconfig(config);
+  _tile_loadconfig(&config);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -88,7 +89,7 @@ double bf16_rounds(float* sink) {
 #if PL_AMX
   (void)sink;
   return tile_rounds<false>();
-#elif PL_VNNI
+#elif PL_BF16
   __m512 s[kChains];
   for (int i = 0; i < kChains; ++i) s[i] = _mm512_set1_ps(sink[0]);
   const __m512bh a = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(sink[0])));

@@ -1,5 +1,5 @@
 // The instruction set this translation unit is compiled for. CMake compiles every file of csrc/kernels once per set, with
-// PL_ISA = generic | avx2 | avx512 | avx512_vnni | amx, and the code lives in namespace paceline::PL_ISA.
+// PL_ISA = generic | avx2 | avx512 | avx512_vnni | avx512_bf16 | amx | amx_emulated, and the code lives in namespace paceline::PL_ISA.
 #pragma once
 #include "paceline/kernels.h"
 
@@ -17,12 +17,17 @@
 #else
 #define PL_AVX2 0
 #endif
-#if PL_AVX512 && defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#if PL_AVX512 && defined(__AVX512VNNI__)
 #define PL_VNNI 1
 #else
 #define PL_VNNI 0
 #endif
-#if PL_VNNI && defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#if PL_VNNI && defined(__AVX512BF16__)
+#define PL_BF16 1
+#else
+#define PL_BF16 0
+#endif
+#if PL_BF16 && ((defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)) || defined(PL_EMULATE_AMX))
 #define PL_AMX 1
 #else
 #define PL_AMX 0
