@@ -3,7 +3,8 @@
     python benchmarks/shapes.py [--shapes smollm2-135m,...] [--formats bf16,int8,int4] [--runs 3] [--quick]
 
 Random weights; prefill of 512 and 2048 tokens, decode of 1, 8 and 32 sequences after 128 tokens; medians. Bandwidth and peak are
-measured in the same process. Each cell runs in a process of its own, so that peak memory is that model's. The last line is JSON.
+measured in the same process. Each shape and format runs in a process of its own, so that peak memory is that model's. The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def bench(shape: str, fmt: str, runs: int, quick: bool) -> dict[str, Any]:
         str(runs),
         "--json",
     ]
-    command += ["--context", "4096", "--prefill", "512", "--batch", "1", "--batch", "8"]
+    command += ["--context", "4096", "--prompt", "128", "--prefill", "512", "--batch", "1", "--batch", "8"]
     if not quick:
         command += ["--prefill", "2048", "--batch", "32"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -48,13 +49,14 @@ def main() -> None:
         for fmt in args.formats.split(","):
             r = bench(shape, fmt, args.runs, args.quick)
             results.append(r)
-            mib, weights = r["peak_memory_bytes"] / 2**20, r["weight_bytes"] / 2**20
-            limits = f"bandwidth {r['bandwidth_gb_s']:.1f} GB/s, peak {r['peak_tflop_s']:.2f} TFLOP/s"
+            mib, weights = r["peak_rss_bytes"] / 2**20, r["weight_bytes"] / 2**20
+            peaks = ", ".join(f"{unit} {peak / 1e12:.2f} TFLOP/s" for unit, peak in r["peak_flop_s"].items())
+            limits = f"bandwidth {r['bandwidth_bytes_s'] / 1e9:.1f} GB/s, {peaks}"
             print(f"{shape} {fmt}: load {r['load_s']:.1f} s, peak {mib:.0f} MiB (weights {weights:.0f}), {limits}")
             for c in r["cells"]:
                 print(
                     f"  {c['work']:>13}: {c['tokens_per_s']:8.1f} tokens/s  spread {100 * c['spread']:3.0f} %  "
-                    f"{100 * c['share_of_bandwidth']:3.0f} % of bandwidth  {100 * c['share_of_peak']:3.0f} % of peak"
+                    f"{100 * c['bandwidth_share']:3.0f} % of bandwidth  {100 * c['peak_share']:3.0f} % of peak"
                 )
     print(json.dumps({"results": results}))
 

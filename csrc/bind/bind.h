@@ -46,6 +46,7 @@ struct BoundStep {
 struct BoundWeight {
   Weight w{};
   std::vector<AnyIn> owners;
+  std::string format{};
 };
 
 // Format, shape and sizes of packed arrays, checked; ValueError where they contradict each other.

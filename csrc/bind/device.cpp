@@ -1,5 +1,7 @@
 #include <chrono>
 
+#include <nanobind/stl/tuple.h>
+
 #include "bind.h"
 #include "cpu.h"
 
@@ -17,9 +19,18 @@ template <class T, class... Shape> nb::ndarray<nb::numpy, T> new_array(Shape... 
 }
 
 struct Session {  // a kernel outside a program
-  explicit Session(Device& d, int64_t n_rows) : guard(d.lock), ctx{d.pool, &d.ws, &d.kernels, nullptr, n_rows} { d.ws.reset(); }
+  Session(Device& d, const char* name, int64_t n_rows) : guard(d.lock), ctx{d.pool, &d.ws, &d.kernels, nullptr, n_rows}, busy(d.busy_ns), own(spent(d, name)) {
+    d.ws.reset();
+  }
+  int64_t& spent(Device& d, const char* name) {
+    if (!d.profiling) return unused;
+    ++d.spent[name].calls;
+    return d.spent[name].ns;
+  }
   std::lock_guard<std::mutex> guard;
   Ctx ctx;
+  int64_t unused = 0;
+  Timer busy, own;
 };
 
 nb::object sample(Device& d, const In<float, 2>& logits, const In<float, 1>& temperature, const In<int32_t, 1>& top_k,
@@ -32,7 +43,7 @@ nb::object sample(Device& d, const In<float, 2>& logits, const In<float, 1>& tem
   auto out = new_array<int64_t>(n);
   if (n) {
     nb::gil_scoped_release nogil;
-    Session s(d, static_cast<int64_t>(n));
+    Session s(d, "sample", static_cast<int64_t>(n));
     d.kernels.sample(s.ctx, {logits.data(), static_cast<int64_t>(logits.shape(1)), temperature.data(), top_k.data(), top_p.data(), min_p.data(), u.data(), out.data()});
   }
   return nb::cast(out);
@@ -50,7 +61,7 @@ nb::tuple logprobs(Device& d, const In<float, 2>& logits, const In<int64_t, 1>& 
   auto top = new_array<float>(n, n_top);
   if (n) {
     nb::gil_scoped_release nogil;
-    Session s(d, static_cast<int64_t>(n));
+    Session s(d, "logprobs", static_cast<int64_t>(n));
     d.kernels.logprobs(s.ctx, {logits.data(), n_vocab, ids.data(), n_top, own.data(), top_ids.data(), top.data()});
   }
   return nb::make_tuple(own, top_ids, top);
@@ -68,7 +79,7 @@ void move(Device& d, const Any& pool, const In<int64_t, 1>& src, const In<int64_
       if (a->data()[i] < 0 || a->data()[i] >= n_slots) fail("move: slot " + std::to_string(a->data()[i]) + " is outside the pool");
   if (n == 0) return;
   nb::gil_scoped_release nogil;
-  Session s(d, n);
+  Session s(d, "move", n);
   d.kernels.move(s.ctx, {pool.data(), dtype, dim(0), dim(1), dim(2), dim(3), src.data(), dst.data(), n});
 }
 
@@ -82,9 +93,19 @@ int32_t pack(Device& d, const AnyIn& src, const std::string& source, const std::
   w.data = data.data(), w.scales = scales ? scales->data() : nullptr, w.mins = mins ? mins->data() : nullptr;
   int32_t flags = 0;
   nb::gil_scoped_release nogil;
-  Session s(d, w.n_out);
+  Session s(d, "pack", w.n_out);
   d.kernels.pack(s.ctx, {src.data(), dtype, w, &flags});
   return flags;
+}
+
+// What was spent since the last call, and whether to go on counting.
+std::vector<std::tuple<std::string, int64_t, double>> profile(Device& d, bool on) {
+  std::lock_guard<std::mutex> guard(d.lock);
+  std::vector<std::tuple<std::string, int64_t, double>> out;
+  for (const auto& [name, spent] : d.spent) out.emplace_back(name, spent.calls, 1e-9 * static_cast<double>(spent.ns));
+  d.spent.clear();
+  d.profiling = on;
+  return out;
 }
 
 double read_bandwidth(Device& d, int64_t n_bytes, int n_passes) {
@@ -138,6 +159,9 @@ void bind_device(nb::module_& m) {
       .def("pack", &pack, arg("src").noconvert(), arg("source"), arg("format"), arg("group"), arg("data").noconvert(),
            arg("scales").noconvert().none(), arg("mins").noconvert().none(),
            "Row-major weights into tiles, quantised to nearest. 0: done; 1: a value is not finite; 2: beyond the format's range.")
+      .def_prop_ro("busy", [](const Device& d) { return 1e-9 * static_cast<double>(d.busy_ns); }, "Seconds spent in programs and kernels so far.")
+      .def("profile", &profile, arg("on"),
+           "Switch counting by kind of instruction on or off; (name, calls, seconds) of everything since the last call.")
       .def("read_bandwidth", &read_bandwidth, arg("n_bytes") = int64_t{1} << 29, arg("n_passes") = 5, "Bytes per second, best pass.")
       .def("peak", &peak, arg("kind"), arg("seconds") = 0.3, "FLOP per second of the densest instruction: f32, bf16 or int8.");
 }

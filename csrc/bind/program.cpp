@@ -31,7 +31,7 @@ struct BoundProgram {
     if (!kernel) fail(std::string("kernel '") + name + "' is not in this build");
     return kernel;
   }
-  template <class F> void add(const Ref& out, F f) { program.code.push_back({out.wanted, std::move(f)}); }
+  template <class F> void add(std::string name, const Ref& out, F f) { program.code.push_back({std::move(name), out.wanted, std::move(f)}); }
 };
 
 void need(bool ok, const char* what) {
@@ -53,7 +53,8 @@ void linear(BoundProgram& p, Ref out, Ref x, const nb::object& weight, const May
   need(x.cols == w.n_in && out.cols == w.n_out, "linear: x has other columns than the weight");
   const float* b = bias ? p.keep(*bias, w.n_out, "bias") : nullptr;
   const auto kernel = p.need(p.device->kernels.linear, "linear");
-  p.add(out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), w, b}); });
+  const std::string name = "linear " + std::to_string(w.n_out) + "x" + std::to_string(w.n_in) + " " + nb::cast<const BoundWeight&>(weight).format;
+  p.add(name, out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), w, b}); });
 }
 
 void embed(BoundProgram& p, Ref out, const nb::object& table, bool by_position) {
@@ -61,7 +62,7 @@ void embed(BoundProgram& p, Ref out, const nb::object& table, bool by_position) 
   need(out.cols == w.n_in, "embed: the table has other columns than the result");
   const auto kernel = p.need(p.device->kernels.embed, "embed");
   p.batched = true;
-  p.add(out, [=](const Ctx& c, const Frame& f) {
+  p.add("embed", out, [=](const Ctx& c, const Frame& f) {
     const int32_t* ids = by_position ? c.step->positions : c.step->tokens;
     for (int64_t r = 0; r < c.n_rows; ++r)
       if (ids[r] < 0 || ids[r] >= w.n_out)
@@ -75,7 +76,7 @@ void rms_norm(BoundProgram& p, Ref out, Ref x, const Vector& weight, float eps, 
   need(n > 0 && x.cols % n == 0 && out.cols == x.cols, "rms_norm: columns must be a multiple of len(weight)");
   const float* w = p.keep(weight, n, "weight");
   const auto kernel = p.need(p.device->kernels.rms_norm, "rms_norm");
-  p.add(out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), w, n, eps, offset}); });
+  p.add("rms_norm", out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), w, n, eps, offset}); });
 }
 
 void layer_norm(BoundProgram& p, Ref out, Ref x, const Vector& weight, const MaybeVector& bias, float eps) {
@@ -83,7 +84,7 @@ void layer_norm(BoundProgram& p, Ref out, Ref x, const Vector& weight, const May
   const float* w = p.keep(weight, x.cols, "weight");
   const float* b = bias ? p.keep(*bias, x.cols, "bias") : nullptr;
   const auto kernel = p.need(p.device->kernels.layer_norm, "layer_norm");
-  p.add(out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), w, b, eps}); });
+  p.add("layer_norm", out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), w, b, eps}); });
 }
 
 void rope(BoundProgram& p, Ref out, Ref x, const In<float, 2>& cos, const In<float, 2>& sin, int64_t dim, int64_t head_dim, bool interleaved) {
@@ -94,7 +95,7 @@ void rope(BoundProgram& p, Ref out, Ref x, const In<float, 2>& cos, const In<flo
   const float *cp = cos.data(), *sp = sin.data();
   const auto kernel = p.need(p.device->kernels.rope, "rope");
   p.batched = true;
-  p.add(out, [=](const Ctx& c, const Frame& f) {
+  p.add("rope", out, [=](const Ctx& c, const Frame& f) {
     for (int64_t r = 0; r < c.n_rows; ++r)
       if (c.step->positions[r] < 0 || c.step->positions[r] >= n)
         fail("rope: position " + std::to_string(c.step->positions[r]) + " is outside the table of " + std::to_string(n));
@@ -106,44 +107,44 @@ void act(BoundProgram& p, Ref out, Ref x, const std::string& kind) {
   need(out.cols == x.cols, "act: columns differ");
   const Act a = act_named(kind);
   const auto kernel = p.need(p.device->kernels.act, "act");
-  p.add(out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), a}); });
+  p.add("act", out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), a}); });
 }
 
 void gated(BoundProgram& p, Ref out, Ref x, const std::string& kind) {
   need(2 * out.cols == x.cols, "gated: the result has half the columns");
   const Act a = act_named(kind);
   const auto kernel = p.need(p.device->kernels.gated, "gated");
-  p.add(out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), a}); });
+  p.add("gated", out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), a}); });
 }
 
 void add(BoundProgram& p, Ref out, Ref x, Ref y) {
   need(out.cols == x.cols && x.cols == y.cols, "add: columns differ");
   const auto kernel = p.need(p.device->kernels.add, "add");
-  p.add(out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(y), f.mat(out)}); });
+  p.add("add", out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(y), f.mat(out)}); });
 }
 
 void scale(BoundProgram& p, Ref out, Ref x, float s) {
   need(out.cols == x.cols, "scale: columns differ");
   const auto kernel = p.need(p.device->kernels.scale, "scale");
-  p.add(out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), s}); });
+  p.add("scale", out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), s}); });
 }
 
 void softcap(BoundProgram& p, Ref out, Ref x, float cap) {
   need(out.cols == x.cols && cap > 0, "softcap: columns differ or cap is not positive");
   const auto kernel = p.need(p.device->kernels.softcap, "softcap");
-  p.add(out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), cap}); });
+  p.add("softcap", out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), cap}); });
 }
 
 void wanted(BoundProgram& p, Ref out, Ref x) {
   need(out.cols == x.cols && out.wanted && !x.wanted, "wanted: takes all rows, gives the wanted ones");
   const auto kernel = p.need(p.device->kernels.gather, "gather");
   p.batched = true;
-  p.add(out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), c.step->want, c.step->n_want}); });
+  p.add("wanted", out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), c.step->want, c.step->n_want}); });
 }
 
 void copy(BoundProgram& p, Ref out, Ref x) {
   need(out.cols == x.cols, "copy: columns differ");
-  p.add(out, [=](const Ctx& c, const Frame& f) {
+  p.add("copy", out, [=](const Ctx& c, const Frame& f) {
     const Mat from = f.mat(x), to = f.mat(out);
     for (int64_t r = 0; r < c.n_rows; ++r)
       for (int64_t i = 0; i < to.cols; ++i) to.row(r)[i] = from.row(r)[i];
@@ -168,7 +169,7 @@ void attention(BoundProgram& p, Ref out, Ref q, Ref k, Ref v, int32_t layer, int
   need(q.cols == int64_t{n_heads} * dim && out.cols == q.cols && k.cols == int64_t{n_kv_heads} * dim && v.cols == k.cols, "attention: columns must be heads * dim");
   const auto kernel = p.need(p.device->kernels.attention, "attention");
   p.batched = true;
-  p.add(out, [=](const Ctx& c, const Frame& f) {
+  p.add("attention", out, [=](const Ctx& c, const Frame& f) {
     const AttentionArgs a{f.mat(q), f.mat(k), f.mat(v), f.mat(out), layer, n_heads, n_kv_heads, dim, window, scale, softcap};
     check_attention(*c.step, a);
     kernel(c, a);
@@ -187,7 +188,7 @@ void moe(BoundProgram& p, Ref out, Ref x, Ref router, const std::vector<nb::obje
   const Act a = act_named(kind);
   const auto kernel = p.need(p.device->kernels.moe, "moe");
   p.need(p.device->kernels.linear, "linear"), p.need(p.device->kernels.gated, "gated");
-  p.add(out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(router), f.mat(out), up.data(), dn.data(), n, n_active, a, normalise}); });
+  p.add("moe", out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(router), f.mat(out), up.data(), dn.data(), n, n_active, a, normalise}); });
 }
 
 // ---- running ----
@@ -273,6 +274,7 @@ void init_weight(BoundWeight* self, const std::string& format, int64_t n_out, in
   self->w.data = data.data();
   for (const auto* a : {&scales, &mins})
     if (*a) self->owners.push_back(**a);
+  self->format = format;
   self->w.scales = scales ? scales->data() : nullptr;
   self->w.mins = mins ? mins->data() : nullptr;
 }

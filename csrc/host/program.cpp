@@ -42,12 +42,20 @@ Mat Frame::mat(const Ref& r) const {
 
 void Program::run(Device& device, const Step* step, int64_t n_rows, const Mat* external) const {
   std::lock_guard<std::mutex> guard(device.lock);
+  const Timer whole(device.busy_ns);
   const Frame frame{device.arena(static_cast<size_t>(width * n_rows)), n_rows, external};
   Ctx ctx{device.pool, &device.ws, &device.kernels, step, n_rows};
   for (const Instr& instr : code) {
     ctx.n_rows = instr.wanted ? step->n_want : n_rows;
     if (ctx.n_rows == 0) continue;
     device.ws.reset();
+    if (!device.profiling) {
+      instr.run(ctx, frame);
+      continue;
+    }
+    Device::Spent& spent = device.spent[instr.name];
+    ++spent.calls;
+    const Timer timer(spent.ns);
     instr.run(ctx, frame);
   }
 }

@@ -3,7 +3,9 @@
 // A register is a float32 matrix with the step's rows. Arena registers are planned by ops/record.py: register at `base` floats per row
 // starts at arena + base * n_rows, so one plan serves any number of rows. External registers are the program's inputs and outputs.
 #pragma once
+#include <chrono>
 #include <functional>
+#include <map>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -12,6 +14,19 @@
 #include "paceline/kernels.h"
 
 namespace paceline {
+
+// Adds the time it lives to `ns`.
+class Timer {
+ public:
+  explicit Timer(int64_t& ns) : ns_(ns), start_(Clock::now()) {}
+  ~Timer() { ns_ += std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start_).count(); }
+  Timer(const Timer&) = delete;
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  int64_t& ns_;
+  Clock::time_point start_;
+};
 
 // Everything a process needs to run programs: an instruction set, threads, scratch. Calls are serialised by `lock`.
 struct Device {
@@ -26,6 +41,12 @@ struct Device {
   Pool* pool;
   Workspace ws;
   std::mutex lock;
+
+  // Where the time goes: in all programs and kernels so far, and by kind of instruction, which is counted only while `profiling`.
+  struct Spent { int64_t calls = 0, ns = 0; };
+  int64_t busy_ns = 0;
+  bool profiling = false;
+  std::map<std::string, Spent> spent;
 
  private:
   float* arena_ = nullptr;
@@ -46,6 +67,7 @@ struct Frame {
 };
 
 struct Instr {
+  std::string name;  // "add", "linear 960x576 int4"
   bool wanted;
   std::function<void(const Ctx&, const Frame&)> run;
 };

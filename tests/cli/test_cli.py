@@ -123,6 +123,20 @@ def test_explain_reads_no_weights_and_names_every_problem() -> None:
     assert "Traceback" not in bad.stderr
 
 
+def test_bench_prints_one_flat_object() -> None:
+    got = answer("bench", *SMALL, "--prompt", "40", "--batch", "2", "--tokens", "3", "--runs", "2", "--verify", "4")
+    flat = ("prefill_tok_s", "decode_tok_s", "load_s", "peak_rss_bytes", "weight_bytes")
+    assert all(got[name] > 0 for name in flat)
+    assert (got["prompt"], got["batch"]) == (40, 2)
+    assert [c["work"] for c in got["cells"]] == ["prefill 40", "decode b2"]
+    assert got["cells"][1]["tokens_per_s"] == got["decode_tok_s"]
+    assert got["verify"][0]["draft"] == 4
+    assert {"isa", "formats", "threads", "kv_dtype"} <= set(got["kernels"])
+    if got["kernels"]["backend"] == "native":
+        assert got["bandwidth_share"] > 0
+        assert got["peak_share"] > 0
+
+
 @pytest.mark.parametrize("kind", ["models", "techniques", "formats", "machines"])
 def test_lists(kind: str) -> None:
     rows = answer("list", kind)

@@ -318,3 +318,24 @@ def test_buffers_speak_dlpack():
         _native.Buffer([-1, 4], "float32")
     with pytest.raises((ValueError, MemoryError)):
         _native.Buffer([1 << 40, 1 << 20], "float32")
+
+
+def test_profile_counts_instructions_while_it_is_on():
+    ops = NativeOps(n_threads=1)
+    run = ops.compile(Mlp(ops), (D,))
+    x = matrix(1, 5, D)
+    busy = ops.device.busy
+    run(x, None)
+    assert ops.device.busy > busy
+    assert ops.device.profile(True) == []
+    for _ in range(3):
+        run(x, None)
+    ops.sample(matrix(2, 1, VOCAB), *(np.zeros(1) for _ in range(5)))
+    spent = {name: (calls, seconds) for name, calls, seconds in ops.device.profile(False)}
+    assert {name: calls for name, (calls, _) in spent.items()} == {
+        "rms_norm": 3, f"linear {2 * FF}x{D} bf16": 3, "act": 3, "add": 6, f"linear {D}x{FF} bf16": 3, "sample": 1,
+    }  # fmt: skip
+    assert all(seconds > 0 for _, seconds in spent.values())
+    assert sum(seconds for _, seconds in spent.values()) < ops.device.busy - busy
+    run(x, None)
+    assert ops.device.profile(False) == []

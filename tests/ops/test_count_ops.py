@@ -102,7 +102,7 @@ def test_layers_and_ops_add_up():
     ledger = ops.ledger
     assert set(ledger.by_layer()) == {None, 0, 1, 2}
     assert ledger.by_layer()[0] == ledger.by_layer()[1] == ledger.by_layer()[2]
-    for parts in (ledger.by_layer(), ledger.by_op()):
+    for parts in (ledger.by_layer(), ledger.by_op(), ledger.by_name()):
         assert sum(parts.values(), Cost()) == ledger.total()
     by_op = ledger.by_op()
     assert by_op["linear"].flops == 7 * 2 * (L * (D * (2 * D + 2 * KVH * DIM) + 3 * D * FF) + D * V)

@@ -74,11 +74,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Entry:
-    """One operation of the program; `layer` is known inside a compiled function that attends."""
+    """One operation of the program; `layer` is known inside a compiled function that attends.
+
+    name: what the native core's profile calls it, "add" or "linear 960x576 int4".
+    """
 
     op: str
     layer: int | None
     cost: Cost
+    name: str
 
 
 @dataclass
@@ -92,6 +96,9 @@ class Ledger:
 
     def by_op(self) -> dict[str, Cost]:
         return self._sums(lambda e: e.op)
+
+    def by_name(self) -> dict[str, Cost]:
+        return self._sums(lambda e: e.name)
 
     def by_layer(self) -> dict[int | None, Cost]:
         """None: embedding, final norm and head."""
@@ -113,9 +120,9 @@ class CountOps:
         self.ledger = Ledger()
         self._kv_itemsize = DTYPES[kv_dtype]
 
-    def _record(self, op: str, out: Shape, *ins: Shape, layer: int | None = None, **cost: int) -> Shape:
+    def _record(self, op: str, out: Shape, *ins: Shape, layer: int | None = None, name: str = "", **cost: int) -> Shape:
         read = sum(x.nbytes for x in ins)
-        self.ledger.entries.append(Entry(op, layer, Cost(read=read, written=out.nbytes, **cost)))
+        self.ledger.entries.append(Entry(op, layer, Cost(read=read, written=out.nbytes, **cost), name or op))
         return out
 
     def pack(self, w: np.ndarray, fmt: str, group: int | None = None, mins: bool = False) -> Packed:
@@ -132,7 +139,7 @@ class CountOps:
 
     def move(self, pool: Pool, src: np.ndarray, dst: np.ndarray) -> None:
         n = len(src) * pool.shape[1] * pool.shape[3] * pool.itemsize
-        self.ledger.entries.append(Entry("move", None, Cost(kv_read=n, kv_written=n)))
+        self.ledger.entries.append(Entry("move", None, Cost(kv_read=n, kv_written=n), "move"))
 
     def begin(self, batch: Batch) -> Batch:
         return batch
@@ -169,7 +176,8 @@ class CountOps:
         assert x.cols == n_in, f"{x.cols} columns meet a matrix of {n_in} inputs"
         flops = x.rows * n_out * (2 * n_in + (bias is not None))
         weights = formats.nbytes(w) + (4 * n_out if bias is not None else 0)
-        return self._record("linear", Shape(x.rows, n_out), x, flops=flops, weights=weights)
+        name = f"linear {n_out}x{n_in} {w.format}"
+        return self._record("linear", Shape(x.rows, n_out), x, name=name, flops=flops, weights=weights)
 
     def rms_norm(self, x: Shape, weight: np.ndarray, eps: float, *, offset: float = 0.0) -> Shape:
         return self._record("rms_norm", x, x, flops=4 * x.size, weights=4 * len(weight))
