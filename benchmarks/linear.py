@@ -27,9 +27,10 @@ CASES = {
     "int8-g32": ("int8", 32, False),
     "int8-g128": ("int8", 128, False),
     "int4": ("int4", 32, False),
-    "int4-g64": ("int4", 64, False),
-    "int4-g128": ("int4", 128, False),
-    "int4-g32-mins": ("int4", 32, True),
+    "int4g-g32": ("int4g", 32, False),
+    "int4g-g64": ("int4g", 64, False),
+    "int4g-g128": ("int4g", 128, False),
+    "int4g-g32-mins": ("int4g", 32, True),
 }
 FEW, MANY = (1, 8, 32), 512
 
@@ -45,6 +46,9 @@ def random_packed(fmt: str, group: int, mins: bool, n: int, k: int) -> Packed:
     data = rng.integers(
         0, 256, (blocks, k // 4, LANES, 4) if fmt == "int8" else (blocks, k // 64, 8, LANES, 4), np.uint8
     )
+    if fmt == "int4":
+        factors = rng.integers(-15, 16, (blocks, k // group, LANES), np.int8)
+        return Packed(fmt, (n, k), data, np.full((blocks, 1, LANES), 0.01, np.float32), None, group, factors)
     scales = np.full((blocks, k // group if group else 1, LANES), 0.01, np.float16 if group else np.float32)
     return Packed(fmt, (n, k), data.view(np.int8) if fmt == "int8" else data, scales, scales if mins else None, group)
 

@@ -51,7 +51,7 @@ struct BoundWeight {
 
 // Format, shape and sizes of packed arrays, checked; ValueError where they contradict each other.
 Weight checked_weight(const std::string& format, int64_t n_out, int64_t n_in, int64_t group, size_t data_bytes, std::optional<size_t> scale_bytes,
-                      std::optional<size_t> min_bytes);
+                      std::optional<size_t> min_bytes, std::optional<size_t> factor_bytes);
 
 void bind_buffer(nb::module_&);
 void bind_step(nb::module_&);

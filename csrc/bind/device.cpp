@@ -84,13 +84,15 @@ void move(Device& d, const Any& pool, const In<int64_t, 1>& src, const In<int64_
 }
 
 int32_t pack(Device& d, const AnyIn& src, const std::string& source, const std::string& format, int64_t group, const Any& data,
-             const std::optional<Any>& scales, const std::optional<Any>& mins) {
+             const std::optional<Any>& scales, const std::optional<Any>& mins, const std::optional<Any>& factors) {
   if (src.ndim() != 2) fail("pack: src must have two axes");
   const auto bytes = [](const std::optional<Any>& a) { return a ? std::optional<size_t>(a->nbytes()) : std::nullopt; };
-  Weight w = checked_weight(format, static_cast<int64_t>(src.shape(0)), static_cast<int64_t>(src.shape(1)), group, data.nbytes(), bytes(scales), bytes(mins));
+  Weight w = checked_weight(format, static_cast<int64_t>(src.shape(0)), static_cast<int64_t>(src.shape(1)), group, data.nbytes(), bytes(scales), bytes(mins),
+                            bytes(factors));
   const Dtype dtype = dtype_named(source);
   if ((dtype != Dtype::f32 && dtype != Dtype::f16 && dtype != Dtype::bf16) || src.itemsize() != size_of(dtype)) fail("pack: src must be float32, float16 or bfloat16");
   w.data = data.data(), w.scales = scales ? scales->data() : nullptr, w.mins = mins ? mins->data() : nullptr;
+  w.factors = factors ? static_cast<const int8_t*>(factors->data()) : nullptr;
   int32_t flags = 0;
   nb::gil_scoped_release nogil;
   Session s(d, "pack", w.n_out);
@@ -157,7 +159,7 @@ void bind_device(nb::module_& m) {
       .def("logprobs", &logprobs, arg("logits").noconvert(), arg("ids").noconvert(), arg("n_top"), "See Ops.logprobs.")
       .def("move", &move, arg("pool").noconvert(), arg("src").noconvert(), arg("dst").noconvert())
       .def("pack", &pack, arg("src").noconvert(), arg("source"), arg("format"), arg("group"), arg("data").noconvert(),
-           arg("scales").noconvert().none(), arg("mins").noconvert().none(),
+           arg("scales").noconvert().none(), arg("mins").noconvert().none(), arg("factors").noconvert().none(),
            "Row-major weights into tiles, quantised to nearest. 0: done; 1: a value is not finite; 2: beyond the format's range.")
       .def_prop_ro("busy", [](const Device& d) { return 1e-9 * static_cast<double>(d.busy_ns); }, "Seconds spent in programs and kernels so far.")
       .def("profile", &profile, arg("on"),

@@ -267,41 +267,45 @@ int64_t block_elements(Format f, int64_t k, int64_t group) {
 }
 
 void init_weight(BoundWeight* self, const std::string& format, int64_t n_out, int64_t n_in, int64_t group, const AnyIn& data,
-                 const std::optional<AnyIn>& scales, const std::optional<AnyIn>& mins) {
+                 const std::optional<AnyIn>& scales, const std::optional<AnyIn>& mins, const std::optional<AnyIn>& factors) {
   const auto bytes = [](const std::optional<AnyIn>& a) { return a ? std::optional<size_t>(a->nbytes()) : std::nullopt; };
-  const Weight w = checked_weight(format, n_out, n_in, group, data.nbytes(), bytes(scales), bytes(mins));
+  const Weight w = checked_weight(format, n_out, n_in, group, data.nbytes(), bytes(scales), bytes(mins), bytes(factors));
   new (self) BoundWeight{w, {data}};
   self->w.data = data.data();
-  for (const auto* a : {&scales, &mins})
+  for (const auto* a : {&scales, &mins, &factors})
     if (*a) self->owners.push_back(**a);
   self->format = format;
   self->w.scales = scales ? scales->data() : nullptr;
   self->w.mins = mins ? mins->data() : nullptr;
+  self->w.factors = factors ? static_cast<const int8_t*>(factors->data()) : nullptr;
 }
 
 }  // namespace
 
 Weight checked_weight(const std::string& format, int64_t n_out, int64_t n_in, int64_t group, size_t data_bytes, std::optional<size_t> scale_bytes,
-                      std::optional<size_t> min_bytes) {
+                      std::optional<size_t> min_bytes, std::optional<size_t> factor_bytes) {
   static const std::pair<const char*, Format> known[] = {
-      {"f32", Format::f32}, {"f16", Format::f16}, {"bf16", Format::bf16}, {"int8", Format::int8}, {"int4", Format::int4}};
+      {"f32", Format::f32}, {"f16", Format::f16}, {"bf16", Format::bf16}, {"int8", Format::int8}, {"int4", Format::int4}, {"int4g", Format::int4g}};
   Weight w = {};
   bool found = false;
   for (const auto& [name, f] : known)
     if (format == name) w.format = f, found = true;
-  if (!found) fail("format = '" + format + "': known are f32, f16, bf16, int8, int4");
-  const bool quantised = w.format == Format::int8 || w.format == Format::int4;
+  if (!found) fail("format = '" + format + "': known are f32, f16, bf16, int8, int4, int4g");
+  const bool factored = w.format == Format::int4, nibbles = factored || w.format == Format::int4g, quantised = nibbles || w.format == Format::int8;
   need(n_out > 0 && n_in > 0 && n_out < (int64_t{1} << 31) && n_in < (int64_t{1} << 31), "weight: n_out and n_in must be positive and below 2^31");
-  need(quantised ? group == 32 || group == 64 || group == 128 || (group == 0 && w.format == Format::int8) : group == 0,
-       "group: 32, 64 or 128 for int4 and int8, 0 (per channel) for int8 and floats");
+  const bool known_group = factored ? group == 32 : group == 32 || group == 64 || group == 128 || (group == 0 && w.format == Format::int8);
+  need(quantised ? known_group : group == 0, "group: 32 for int4; 32, 64 or 128 for int4g and int8; 0 (per channel) for int8 and floats");
+  need(!quantised || (group && !factored) || n_in <= int64_t{1} << 17, "weight: n_in beyond 131072 needs float scales per group, or its sums overflow");
   w.n_out = n_out, w.n_in = n_in, w.group = group;
   const int64_t n_blocks = (n_out + 15) / 16, elements = block_elements(w.format, n_in, group);
-  const int64_t k = w.format == Format::int4 ? elements / 8 : elements / 16, n_groups = group ? k / group : 1;
-  const auto n_scales = static_cast<size_t>(n_blocks * n_groups * 16);
+  const int64_t k = nibbles ? elements / 8 : elements / 16, n_groups = group ? k / group : 1;
+  const auto n_groups_of_lanes = static_cast<size_t>(n_blocks * n_groups * 16), n_scales = factored ? static_cast<size_t>(n_blocks * 16) : n_groups_of_lanes;
   need(data_bytes == static_cast<size_t>(n_blocks * elements) * item_size(w.format), "weight: data has another size than format and shape say");
-  need(quantised == scale_bytes.has_value() && (!min_bytes || w.format == Format::int4), "weight: scales belong to int8 and int4, mins to int4");
-  need(!scale_bytes || *scale_bytes == n_scales * (group ? 2 : 4), "weight: scales have another size than (NB, G, 16)");
-  need(!min_bytes || *min_bytes == n_scales * 2, "weight: mins have another size than (NB, G, 16)");
+  need(quantised == scale_bytes.has_value() && (!min_bytes || w.format == Format::int4g) && factored == factor_bytes.has_value(),
+       "weight: scales belong to formats of codes, mins to int4g, factors to int4");
+  need(!scale_bytes || *scale_bytes == n_scales * (group && !factored ? 2 : 4), "weight: scales have another size than (NB, G, 16), or (NB, 1, 16) for int4");
+  need(!min_bytes || *min_bytes == n_groups_of_lanes * 2, "weight: mins have another size than (NB, G, 16)");
+  need(!factor_bytes || *factor_bytes == n_groups_of_lanes, "weight: factors have another size than (NB, G, 16)");
   return w;
 }
 
@@ -313,7 +317,7 @@ void bind_program(nb::module_& m) {
       }, arg("slot"), arg("wanted"), arg("base"), arg("stride"), arg("col"), arg("cols"));
   nb::class_<BoundWeight>(m, "Weight", "A Packed matrix bound to native pointers (floats as uint16 where 16 bits wide).")
       .def("__init__", &init_weight, arg("format"), arg("n_out"), arg("n_in"), arg("group"), arg("data").noconvert(),
-           arg("scales").noconvert().none(), arg("mins").noconvert().none());
+           arg("scales").noconvert().none(), arg("mins").noconvert().none(), arg("factors").noconvert().none());
   nb::class_<BoundProgram>(m, "Program", "Instructions over registers. Each method appends one: (out, inputs..., arguments...).")
       .def("__init__", &init_program, arg("device"), arg("width"), arg("in_cols"), arg("outs"))
       .def("run", &run, arg("step").none(), arg("inputs"))

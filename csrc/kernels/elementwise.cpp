@@ -67,8 +67,8 @@ void embed_row(const Weight& w, int64_t id, float* out) {
   }
   const int64_t padded = round_up(n, max_of<int64_t>(64, w.group)), groups = w.group ? padded / w.group : 1;
   const auto scale = [&](int64_t k) {
-    if (!w.group) return static_cast<const float*>(w.scales)[nb * 16 + lane];
-    return load_f16(static_cast<const uint16_t*>(w.scales)[(nb * groups + k / w.group) * 16 + lane]);
+    const int64_t at = (nb * groups + k / max_of<int64_t>(1, w.group)) * 16 + lane;
+    return w.group && !w.factors ? load_f16(static_cast<const uint16_t*>(w.scales)[at]) : static_cast<const float*>(w.scales)[nb * 16 + lane];
   };
   if (w.format == Format::int8) {
     const int8_t* p = static_cast<const int8_t*>(w.data) + nb * padded * 16 + 4 * lane;
@@ -80,7 +80,8 @@ void embed_row(const Weight& w, int64_t id, float* out) {
   for (int64_t k = 0; k < n; ++k) {
     const uint8_t byte = p[k / 64 * 512 + k % 32 / 4 * 64 + k % 4];
     const int code = k % 64 < 32 ? byte & 15 : byte >> 4;
-    const float q = static_cast<float>(mins ? code : code - 8);
+    const int factor = w.factors ? w.factors[(nb * groups + k / w.group) * 16 + lane] : 1;
+    const float q = static_cast<float>((mins ? code : code - 8) * factor);
     out[k] = scale(k) * q + (mins ? load_f16(mins[(nb * groups + k / w.group) * 16 + lane]) : 0.0f);
   }
 }

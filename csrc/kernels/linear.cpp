@@ -5,8 +5,9 @@
 // weight the crossing to arithmetic lies at M = peak * B / (2 * bandwidth), about 200 rows for bf16 and int8 on two AMX cores.
 //
 // Batch-invariant: an output adds up its products in the order of k, on the same instruction whatever M is. bf16 on AMX machines
-// always runs on tiles, since TDPBF16PS adds pairs in another order than VDPBF16PS. The int32 sums of int8 and int4 are exact, so
-// those may switch between tiles and vectors; their float part is `fold`, in the order of the groups, on both.
+// always runs on tiles, since TDPBF16PS adds pairs in another order than VDPBF16PS. Integer sums are exact, so formats of codes may
+// switch between tiles and vectors; their float part is `fold`, in the order of the groups, on both. int4 has whole factors instead of
+// float scales for its groups of 32, so that all of K is one integer sum.
 #include "linear_amx.h"
 #include "linear_prepare.h"
 #include "linear_vector.h"
@@ -26,15 +27,16 @@ void linear(const Ctx& c, const LinearArgs& a) {
   j.w = a.w, j.out = a.out, j.bias = a.bias;
   j.n_rows = c.n_rows, j.k = padded_k(a.w), j.block = block_bytes(a.w), j.n_blocks = ceil_div(a.w.n_out, 16);
   j.n_groups = a.w.group ? j.k / a.w.group : 1;
-  const bool codes = !is_float(a.w.format), tiled = codes || (PL_BF16 && a.w.format == Format::bf16);
+  const bool codes = !is_float(a.w.format);
 #if PL_AMX
-  const int64_t few = a.w.format == Format::int4 && a.w.group == 32 ? kVnniRows32 : kVnniRows;
-  if (tiled && !(codes && j.n_rows <= few)) {
-    j.a = prepare(c, a, j.k, j.n_groups, true, min_of<int64_t>(16, j.n_rows));
+  const int64_t few = a.w.format == Format::int4g && a.w.group == 32 ? kVnniRows32 : kVnniRows;
+  if ((codes && j.n_rows > few) || a.w.format == Format::bf16) {
+    j.a = prepare_tiles(c, a, j.k, j.n_groups, min_of<int64_t>(16, j.n_rows), true);
     return run_amx(c, j);
   }
 #endif
-  j.a = prepare(c, a, j.k, j.n_groups, tiled, 1);
+  const bool tiled = codes || (PL_BF16 && a.w.format == Format::bf16);
+  j.a = tiled ? prepare_tiles(c, a, j.k, j.n_groups, 1, false) : prepare_floats(c, a, j.k);
   run_vector(c, j);
 }
 

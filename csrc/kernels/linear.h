@@ -10,11 +10,12 @@ namespace {
 constexpr int64_t kTaskBytes = 128 << 10;   // weight bytes that make a task worth waking a thread for (about 10 us)
 constexpr int64_t kPrefetch = 2048;         // bytes ahead in each block's weight stream
 constexpr int64_t kVnniRows = 4;            // int8, int4 on AMX machines: up to this many rows the vector kernels are faster
-constexpr int64_t kVnniRows32 = 16;         // the same for int4 in groups of 32, where folding the groups outweighs the tiles
+constexpr int64_t kVnniRows32 = 16;         // the same for int4g in groups of 32, where folding the groups outweighs the tiles
+constexpr int64_t kFewRows = 32;            // AMX: two row blocks, whose sums stay in tiles
 constexpr int64_t kPanelRows = 512;         // AMX: rows a task takes through its strip
-constexpr int64_t kMaxStrip = 16;           // AMX: lane blocks of a strip; with kChunkMany tiles of 1 KiB each, 1 MiB stays in L2
-constexpr int64_t kChunkMany = 64;          // AMX: k tiles of a chunk where rows are many (even: a group spans up to two tiles)
-constexpr int64_t kChunkFew = 8;            // AMX: k tiles of int4 unpacked at once where rows are few, so that they stay in L1
+constexpr int64_t kMaxStrip = 16;           // AMX: lane blocks of a strip
+constexpr int64_t kChunkMany = 16;          // AMX: k tiles of a chunk where rows are many: 2 lane blocks of them in L1 (even: a group spans up to two)
+constexpr int64_t kChunkFew = 4;            // AMX: k tiles of 4 lane blocks unpacked at once where rows are few, in L1
 constexpr int64_t kTasksPerThread = 4;      // AMX: for balance
 
 constexpr bool is_float(Format f) { return f == Format::f32 || f == Format::f16 || f == Format::bf16; }
@@ -29,21 +30,26 @@ PL_INLINE int64_t padded_k(const Weight& w) {
 // Bytes of one block of 16 outputs.
 PL_INLINE int64_t block_bytes(const Weight& w) {
   const int64_t k = padded_k(w);
-  return w.format == Format::f32 ? k * 64 : is_float(w.format) ? k * 32 : w.format == Format::int8 ? k * 16 : k * 8;
+  return w.format == Format::f32 ? k * 64 : is_float(w.format) ? k * 32 : w.format == Format::int8 ? k * 16 : k * 8;  // int4 of either kind
 }
+
+// k's that share a scale of the activations: those of a group of weights, or all (0) where the integer sums run over all of K.
+PL_INLINE int64_t scaled_group(const Weight& w) { return w.format == Format::int4 ? 0 : w.group; }
 
 // Activations in the order the kernels read them.
 //   floats     row r at x + r * ldx
 //   tiles      64 bytes (32 bfloat16 or 64 int8) of row r and k tile t at q + (((r / mr) * n_tiles + t) * mr + r % mr) * 64
-// Quantised activations have a scale and the sum of their codes per row and group.
+// Codes have a scale per row and group of k's (one group for int4), and per row and group of the weights' k's where integer sums start
+// (`start_of`) and the plain sum of the codes.
 struct Rows {
   const float* x;
   int64_t ldx;
   const uint8_t* q;
-  int64_t mr, n_tiles, n_groups;
-  const float* scale;   // (n_rows, n_groups)
-  const int32_t* sum;   // (n_rows, n_groups)
+  int64_t mr, n_tiles, n_scales, n_sums;
+  const float* scale;    // (row / mr, n_scales, mr): `scale_at`
+  const int32_t *start, *sum;  // (n_rows, n_sums)
   PL_INLINE const uint8_t* row(int64_t r) const { return q + ((r / mr) * n_tiles * mr + r % mr) * 64; }
+  PL_INLINE int64_t scale_at(int64_t r, int64_t g) const { return (r / mr * n_scales + g) * mr + r % mr; }
 };
 
 struct Job {
@@ -53,7 +59,7 @@ struct Job {
   Rows a;
   int64_t n_rows, k, block;  // padded k, bytes of a block
   int64_t n_blocks;
-  int64_t n_groups;
+  int64_t n_groups;          // of the weights
   PL_INLINE const uint8_t* weights(int64_t b) const { return static_cast<const uint8_t*>(w.data) + b * block; }
 };
 
@@ -70,11 +76,18 @@ PL_INLINE V ifloat(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 PL_INLINE I low_nibbles(I a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 PL_INLINE I high_nibbles(I a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
 #if PL_VNNI
-constexpr int32_t kOffset8 = 128;  // vpdpbusd wants one side unsigned: w + 128, taken back through the sum of x
+constexpr bool kHalves = false;
+constexpr int32_t kOffset8 = 128;  // vpdpbusd wants one side unsigned: w + 128, taken back where the sum starts
 PL_INLINE I weight8(I w) { return {_mm512_xor_si512(w.v, _mm512_set1_epi8(-128))}; }
 PL_INLINE I dot8(I acc, I w, I x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
 PL_INLINE I dot4(I acc, I w, I x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
+PL_INLINE I dot4_short(I acc, I w, I x) { return dot4(acc, w, x); }
+PL_INLINE I load_factors(const int8_t* p) {
+  return {_mm512_maskz_mov_epi16(0x55555555, _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+PL_INLINE I times_factor(I acc, I dot, I factor) { return {_mm512_dpwssd_epi32(acc.v, dot.v, factor.v)}; }  // the low halves hold it all
 #else
+constexpr bool kHalves = true;
 constexpr int32_t kOffset8 = 0;
 PL_INLINE I weight8(I w) { return w; }
 PL_INLINE I dot4(I acc, I w, I x) {  // w in 0..15: the sums of two products fit int16
@@ -84,8 +97,15 @@ PL_INLINE I dot8(I acc, I w, I x) {  // |w| * (x with w's sign): at most 2 * 128
   const __m512i signed_x = _mm512_mask_sub_epi8(x.v, _mm512_movepi8_mask(w.v), _mm512_setzero_si512(), x.v);
   return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(_mm512_maddubs_epi16(_mm512_abs_epi8(w.v), signed_x), _mm512_set1_epi16(1)))};
 }
+PL_INLINE I dot4_short(I acc, I w, I x) { return {_mm512_add_epi16(acc.v, _mm512_maddubs_epi16(w.v, x.v))}; }
+PL_INLINE I load_factors(const int8_t* p) {
+  const __m512i f = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm512_or_si512(_mm512_slli_epi32(f, 16), _mm512_maskz_mov_epi16(0x55555555, f))};
+}
+PL_INLINE I times_factor(I acc, I dot, I factor) { return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(dot.v, factor.v))}; }
 #endif
 #elif PL_AVX2
+constexpr bool kHalves = true;
 struct I { __m256i a, b; };
 PL_INLINE __m256i load256(const void* p, int half) { return _mm256_loadu_si256(static_cast<const __m256i*>(p) + half); }
 PL_INLINE I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
@@ -111,7 +131,22 @@ PL_INLINE I dot4(I acc, I w, I x) { return {dot_half(acc.a, w.a, x.a), dot_half(
 PL_INLINE I dot8(I acc, I w, I x) {  // |w| * (x with w's sign): at most 2 * 128 * 127, which int16 holds
   return {dot_half(acc.a, _mm256_abs_epi8(w.a), _mm256_sign_epi8(x.a, w.a)), dot_half(acc.b, _mm256_abs_epi8(w.b), _mm256_sign_epi8(x.b, w.b))};
 }
+PL_INLINE I dot4_short(I acc, I w, I x) {
+  return {_mm256_add_epi16(acc.a, _mm256_maddubs_epi16(w.a, x.a)), _mm256_add_epi16(acc.b, _mm256_maddubs_epi16(w.b, x.b))};
+}
+PL_INLINE __m256i pair_factors(__m128i f) {
+  const __m256i w = _mm256_cvtepi8_epi32(f);
+  return _mm256_or_si256(_mm256_slli_epi32(w, 16), _mm256_and_si256(w, _mm256_set1_epi32(0xffff)));
+}
+PL_INLINE I load_factors(const int8_t* p) {
+  const __m128i f = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {pair_factors(f), pair_factors(_mm_srli_si128(f, 8))};
+}
+PL_INLINE I times_factor(I acc, I dot, I factor) {
+  return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(dot.a, factor.a)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(dot.b, factor.b))};
+}
 #else
+constexpr bool kHalves = false;
 struct I { int32_t i[16]; };
 PL_INLINE I izero() { return {}; }
 PL_INLINE I iload(const void* p) { I r; memcpy(r.i, p, 64); return r; }
@@ -130,13 +165,25 @@ PL_INLINE I dot8(I acc, I w, I x) {
   return acc;
 }
 PL_INLINE I dot4(I acc, I w, I x) { return dot8(acc, w, x); }
+PL_INLINE I dot4_short(I acc, I w, I x) { return dot8(acc, w, x); }
+PL_INLINE I load_factors(const int8_t* p) { I r; for (int n = 0; n < 16; ++n) r.i[n] = p[n]; return r; }
+PL_INLINE I times_factor(I acc, I dot, I factor) { for (int n = 0; n < 16; ++n) acc.i[n] += dot.i[n] * factor.i[n]; return acc; }
 #endif
 
-PL_INLINE int32_t isum(I a) {
-  int32_t lane[16], total = 0;
-  memcpy(lane, &a, sizeof lane);
-  for (int32_t x : lane) total += x;
-  return total;
+// Where the sum over a group begins so that offset codes count as signed ones: -offset * sum x. With kHalves a lane holds two int16
+// sums, of the first and last two of each four k's (`dot4_short` of at most 32 k's: with the start taken in they fit; until then they
+// may wrap).
+struct Sums { int32_t first, last; };
+PL_INLINE Sums sums_of(I codes) {  // lanes 4 i + j, k by k
+  int32_t lane[16];
+  memcpy(lane, &codes, sizeof lane);
+  Sums s = {0, 0};
+  for (int i = 0; i < 16; ++i) (i % 4 < 2 ? s.first : s.last) += lane[i];
+  return s;
+}
+PL_INLINE int32_t start_of(Sums s, int32_t offset, bool halves) {
+  if (!halves) return -offset * (s.first + s.last);
+  return static_cast<int32_t>((static_cast<uint32_t>(-offset * s.first) & 0xffff) | static_cast<uint32_t>(-offset * s.last) << 16);
 }
 
 // ---- the float part of a quantised product, the same on every path ----
@@ -144,15 +191,14 @@ PL_INLINE int32_t isum(I a) {
 struct Scales { V scale, min; };
 
 PL_INLINE Scales scales_of(const Weight& w, int64_t n_groups, int64_t block, int64_t g) {
-  if (w.group == 0) return {vload(static_cast<const float*>(w.scales) + block * 16), vzero()};
+  if (scaled_group(w) == 0) return {vload(static_cast<const float*>(w.scales) + block * 16), vzero()};
   const int64_t at = (block * n_groups + g) * 16;
   return {vload_f16(static_cast<const uint16_t*>(w.scales) + at), w.mins ? vload_f16(static_cast<const uint16_t*>(w.mins) + at) : vzero()};
 }
 
-// y + x_scale * w_scale * (dot - offset * x_sum) (+ x_scale * min * x_sum)
-template <bool kMins> PL_INLINE V fold(V y, I dot, int32_t offset, float x_scale, int32_t x_sum, const Scales& s) {
+// y + x_scale * w_scale * dot (+ x_scale * min * x_sum)
+template <bool kMins> PL_INLINE V fold(V y, I dot, float x_scale, int32_t x_sum, const Scales& s) {
   const V xs = vset(x_scale);
-  if (offset) dot = isub(dot, iset(static_cast<int32_t>(static_cast<uint32_t>(offset) * static_cast<uint32_t>(x_sum))));
   y = vfma(ifloat(dot), vmul(xs, s.scale), y);
   if (kMins) y = vfma(vset(static_cast<float>(x_sum)), vmul(xs, s.min), y);
   return y;

@@ -1,6 +1,17 @@
 // Linear on AMX tiles. A B tile is 1 KiB of the packed layout as it lies in memory: 32 (bf16) or 64 (int8) k's of 16 outputs; int4 is
-// unpacked to such tiles first. A task takes a strip of lane blocks and a panel of rows, chunk of K by chunk of K, so that the strip's
-// weights come from memory once and stay in L2 while all rows of the panel pass over them. Between chunks the sums wait in scratch.
+// unpacked to such tiles first. C is two blocks of 16 rows by two of 16 outputs (one by four where rows are few).
+//
+// Few rows (up to two blocks): bound by memory. Weights pass once, in order, straight into tiles; C stays in tiles over all of K.
+//
+// Many rows: bound by arithmetic. Tiles are read twice as often as they are multiplied, so half of them must come from L1 (48 KiB):
+//   for a strip of outputs and a panel of rows (a task)
+//     for a chunk of K                                        A: panel x chunk, 512 KiB, stays in L2
+//       for a pair of lane blocks of the strip                B: 2 x chunk, 32 KiB, stays in L1
+//         for a pair of row blocks of the panel               C += A B; C waits in L2 between chunks
+// L2 gives 32 bytes a cycle for A and 8 for C at full speed (64 cycles per 2 x 2 products); it can give 48.
+//
+// Formats with a float scale per group of k's end an integer sum after each group: C of the group goes through memory to be folded
+// into float32 sums. Twelve vector operations a row and group against 8 or 16 cycles of tiles: these formats are slower than the others.
 #pragma once
 #include "linear.h"
 
@@ -9,42 +20,46 @@ namespace paceline {
 namespace PL_ISA {
 namespace {
 
-enum class Kind { bf16, int8, int4 };  // what the tiles hold: bf16, signed bytes, unsigned codes
-
 constexpr int64_t kTile = 1024;
+
+enum class Kind { bf16, int8, grouped8, grouped4 };  // bf16; signed codes over all of K; with float scales, signed and unsigned codes
 
 struct Plan {
   Kind kind;
-  bool grouped;            // scaled per group of k's
+  bool unpacks;            // B comes from scratch
   int64_t mr;              // rows of an A tile
   int64_t n_tiles, chunk;  // k tiles, and how many make a chunk
-  int64_t strip, panel;    // lane blocks, rows (a multiple of 32)
+  int64_t strip, panel;    // lane blocks, rows
   int64_t n_strips, n_panels;
   uint8_t* scratch;        // per thread
   int64_t scratch_size, unpacked_at, tmp_at;
 };
 
-// Rows of A at row block `a`, blocks of B at `b` (`step` bytes from one to the next), tiles [0, n).
+// Where tiles come from: rows of A at `a`, lane blocks of B at `b`; steps from one row block, lane block and k tile to the next.
 struct Operands { const uint8_t* a; int64_t a_block, a_step; const uint8_t* b; int64_t b_block; };
 
-template <int kRows, int kBlocks, bool kStream> PL_INLINE void prefetch_tiles(const Operands& o, int64_t t) {
-  if (!kStream) return;
-  for (int b = 0; b < kBlocks; ++b)
-    for (int i = 0; i < 16; ++i) __builtin_prefetch(o.b + b * o.b_block + t * kTile + 2 * kPrefetch + i * 64, 0, 2);
-}
+// What is fetched while a product runs: at each step `lines` more cache lines of `n_blocks` streams.
+struct Fetch {
+  const uint8_t* p;
+  int64_t block, n_blocks, lines;
+  PL_INLINE void step(int64_t t) const {
+    for (int64_t b = 0; b < n_blocks; ++b)
+      for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(p + b * block + (t * lines + i) * 64, 0, 2);
+  }
+};
 
-#define PL_TDP(c, a, b)                                               \
-  do {                                                                \
-    if constexpr (kKind == Kind::bf16) _tile_dpbf16ps(c, a, b);       \
-    else if constexpr (kKind == Kind::int8) _tile_dpbssd(c, a, b);    \
-    else _tile_dpbsud(c, a, b);                                       \
+#define PL_TDP(c, a, b)                                                                             \
+  do {                                                                                              \
+    if constexpr (kKind == Kind::bf16) _tile_dpbf16ps(c, a, b);                                     \
+    else if constexpr (kKind == Kind::grouped4) _tile_dpbsud(c, a, b);                              \
+    else _tile_dpbssd(c, a, b);                                                                     \
   } while (0)
 
 // C tiles 0..3 += A B over n steps, A in tiles 4 and 5, B in 6 and 7. Two row blocks: C = 2 r + b. One: C = b.
-template <Kind kKind, int kRows, int kBlocks, bool kStream> PL_INLINE void accumulate(const Operands& o, int64_t n, int64_t b_step) {
+template <Kind kKind, int kRows, int kBlocks> PL_INLINE void accumulate(const Operands& o, int64_t n, const Fetch& fetch) {
   for (int64_t t = 0; t < n; ++t) {
-    const uint8_t *a = o.a + t * o.a_step, *b = o.b + t * b_step;
-    prefetch_tiles<kRows, kBlocks, kStream>(o, t);
+    const uint8_t *a = o.a + t * o.a_step, *b = o.b + t * kTile;
+    fetch.step(t);
     if constexpr (kRows == 2) {
       _tile_loadd(6, b, 64);
       _tile_loadd(4, a, 64);
@@ -73,6 +88,7 @@ template <int kRows, int kBlocks> PL_INLINE void zero_tiles() {
 
 // Tile c (row block c / kBlocks, block c % kBlocks) of the tile numbering in `accumulate`, at p + c KiB.
 template <int kRows, int kBlocks> PL_INLINE void load_tiles(const uint8_t* p) {
+  publish(p);
   _tile_loadd(0, p, 64);
   if constexpr (kBlocks > 1) _tile_loadd(1, p + kTile, 64);
   if constexpr (kRows == 2) _tile_loadd(2, p + kBlocks * kTile, 64);
@@ -88,123 +104,206 @@ template <int kRows, int kBlocks> PL_INLINE void store_tiles(uint8_t* p) {
   if constexpr (kRows == 2 && kBlocks > 1) _tile_stored(3, p + 3 * kTile, 64);
   if constexpr (kRows == 1 && kBlocks > 2) _tile_stored(2, p + 2 * kTile, 64);
   if constexpr (kRows == 1 && kBlocks > 3) _tile_stored(3, p + 3 * kTile, 64);
+  publish(p);
 }
 
-// A group of micro tiles: kRows row blocks from `row`, kBlocks lane blocks from `block`, k tiles [t0, t0 + n), sums at `sums`.
-struct Micro { int64_t row, block, t0, n; Operands o; uint8_t *sums, *tmp; };
+// ---- int4 into tiles of bytes ----
 
-// One sum in float32 (bf16) or int32 (int8 per channel) over all of K.
-template <Kind kKind, int kRows, int kBlocks, bool kStream> void micro_plain(const Job& j, const Plan& p, const Micro& m) {
+// 64 k's of 16 outputs of the grouped format: codes 0..15.
+PL_INLINE void unpack_codes(const uint8_t* from, uint8_t* to) {
+  for (int i = 0; i < 8; ++i) {
+    const I v = iload(from + i * 64);
+    _mm512_store_si512(to + i * 64, low_nibbles(v).v);
+    _mm512_store_si512(to + 512 + i * 64, high_nibbles(v).v);
+  }
+}
+
+// A factor in both halves of a lane, for even and odd bytes, and what codes less 8 lose.
+struct Factors { __m512i even, odd, less; };
+PL_INLINE Factors spread_factors(const int8_t* p) {
+  const __m512i f = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m512i even = _mm512_or_si512(_mm512_slli_epi32(f, 16), _mm512_maskz_mov_epi16(0x55555555, f)), odd = _mm512_slli_epi16(even, 8);
+  const __m512i low = _mm512_and_si512(even, _mm512_set1_epi16(0xff));
+  return {even, odd, _mm512_slli_epi16(_mm512_or_si512(low, odd), 3)};
+}
+
+// Bytes of codes times their factor, modulo 256 (what comes of it lies in -120..120): nibbles `at` bit 0 of the even and odd bytes.
+template <int kAt> PL_INLINE __m512i times_bytes(__m512i v, const Factors& f) {
+  const __m512i mask = _mm512_set1_epi16(15);
+  const __m512i e = _mm512_and_si512(kAt ? _mm512_srli_epi16(v, 4) : v, mask);
+  const __m512i o = kAt ? _mm512_srli_epi16(v, 12) : _mm512_and_si512(_mm512_srli_epi16(v, 8), mask);
+  const __m512i low = _mm512_mullo_epi16(e, f.even), high = _mm512_mullo_epi16(o, f.odd);
+  return _mm512_ternarylogic_epi32(low, _mm512_set1_epi16(0xff), high, 0xea);  // (low & 0xff) | high
+}
+
+// 64 k's of the factored format: two groups.
+PL_INLINE void unpack_factored(const uint8_t* from, const int8_t* factors, uint8_t* to) {
+  const Factors f0 = spread_factors(factors), f1 = spread_factors(factors + 16);
+  // 8 f as bytes: `less` shifts words, so what spills from the even bytes into the odd ones is cleared
+  const __m512i keep = _mm512_set1_epi8(-8), l0 = _mm512_and_si512(f0.less, keep), l1 = _mm512_and_si512(f1.less, keep);
+  for (int i = 0; i < 8; ++i) {
+    const __m512i v = _mm512_loadu_si512(from + i * 64);
+    _mm512_store_si512(to + i * 64, _mm512_sub_epi8(times_bytes<0>(v, f0), l0));
+    _mm512_store_si512(to + 512 + i * 64, _mm512_sub_epi8(times_bytes<1>(v, f1), l1));
+  }
+}
+
+// Tile t of lane block b.
+PL_INLINE void unpack_tile(const Job& j, int64_t b, int64_t t, uint8_t* to) {
+  const uint8_t* from = j.weights(b) + t * 512;
+  for (int i = 0; i < 8; ++i) __builtin_prefetch(from + kPrefetch + i * 64, 0, 3);
+  if (j.w.format == Format::int4) unpack_factored(from, j.w.factors + (b * j.n_groups + 2 * t) * 16, to);
+  else unpack_codes(from, to);
+}
+
+// ---- C of kRows row blocks from `row` and kBlocks lane blocks from `block`, over k tiles [t0, t0 + n) ----
+
+struct Micro { int64_t row, block, t0, n; Operands o; uint8_t *sums, *tmp; Fetch fetch; };
+
+// The finished sums at `from` (tiles of C) to the output.
+template <Kind kKind, int kRows, int kBlocks> PL_INLINE void finish(const Job& j, const Plan& p, const Micro& m, const uint8_t* from) {
+  for (int rb = 0; rb < kRows; ++rb)
+    for (int b = 0; b < kBlocks; ++b) {
+      const Scales s = kKind == Kind::int8 ? scales_of(j.w, 1, m.block + b, 0) : Scales{vzero(), vzero()};
+      const int64_t row = m.row + rb * p.mr, rows = min_of(p.mr, j.n_rows - row);
+      const uint8_t* c = from + (rb * kBlocks + b) * kTile;
+      for (int64_t r = 0; r < rows; ++r, c += 64) {
+        if constexpr (kKind == Kind::int8) store_block(j, row + r, m.block + b, fold<false>(vzero(), iload(c), j.a.scale[j.a.scale_at(row + r, 0)], 0, s));
+        else store_block(j, row + r, m.block + b, vload(reinterpret_cast<const float*>(c)));
+      }
+    }
+}
+
+// One sum in float32 (bf16) or int32 over all of K; it waits at `sums` between chunks.
+template <Kind kKind, int kRows, int kBlocks> void micro_plain(const Job& j, const Plan& p, const Micro& m) {
   if (m.t0 == 0) zero_tiles<kRows, kBlocks>();
   else load_tiles<kRows, kBlocks>(m.sums);
-  accumulate<kKind, kRows, kBlocks, kStream>(m.o, m.n, kTile);
+  accumulate<kKind, kRows, kBlocks>(m.o, m.n, m.fetch);
   store_tiles<kRows, kBlocks>(m.sums);
-  if (m.t0 + m.n < p.n_tiles) return;
+  if (m.t0 + m.n == p.n_tiles) finish<kKind, kRows, kBlocks>(j, p, m, m.sums);
+}
+
+// Int32 sums of group g at `tmp` into the float32 ones.
+template <bool kMins, int kRows, int kBlocks> PL_INLINE void fold_tiles(const Job& j, const Plan& p, const Micro& m, int64_t g, const uint8_t* tmp) {
   for (int b = 0; b < kBlocks; ++b) {
-    const Scales s = kKind == Kind::bf16 ? Scales{vzero(), vzero()} : scales_of(j.w, 1, m.block + b, 0);
+    const Scales s = scales_of(j.w, j.n_groups, m.block + b, g);
     for (int rb = 0; rb < kRows; ++rb) {
-      const uint8_t* from = m.sums + (rb * kBlocks + b) * kTile;
+      const uint8_t* dot = tmp + (rb * kBlocks + b) * kTile;
+      float* sum = reinterpret_cast<float*>(m.sums + (rb * kBlocks + b) * kTile);
       const int64_t row = m.row + rb * p.mr, rows = min_of(p.mr, j.n_rows - row);
-      for (int64_t r = 0; r < rows; ++r, from += 64) {
-        if constexpr (kKind == Kind::bf16) store_block(j, row + r, m.block + b, vload(reinterpret_cast<const float*>(from)));
-        else store_block(j, row + r, m.block + b, fold<false>(vzero(), iload(from), 0, j.a.scale[row + r], j.a.sum[row + r], s));
-      }
+      const float* xs = j.a.scale + j.a.scale_at(row, g);
+      const int32_t *start = j.a.start + row * j.n_groups + g, *xq = j.a.sum + row * j.n_groups + g;
+      for (int64_t r = 0; r < rows; ++r, dot += 64, sum += 16, start += j.n_groups, xq += j.n_groups)
+        vstore(sum, fold<kMins>(g == 0 ? vzero() : vload(sum), iadd(iload(dot), iset(*start)), xs[r], *xq, s));
     }
   }
 }
 
-// Int32 sums per group, folded into float32 ones.
-template <Kind kKind, bool kMins, int kRows, int kBlocks, bool kStream> void micro_grouped(const Job& j, const Plan& p, const Micro& m) {
+// The tiles of one group are multiplied while those of the group before are folded; the two buffers lie so that no store of the one has
+// the low address bits of a load from the other.
+template <Kind kKind, bool kMins, int kRows, int kBlocks> void micro_grouped(const Job& j, const Plan& p, const Micro& m) {
   const int64_t group = j.w.group, steps = group > 64 ? group / 64 : 1;
   const int64_t g0 = m.t0 * 64 / group, g1 = (m.t0 + m.n) * 64 / group;
-  constexpr int32_t offset = kKind == Kind::int4 && !kMins ? 8 : 0;
-  for (int64_t g = g0; g < g1; ++g) {
-    const int64_t k = g * group - m.t0 * 64, tile = k / 64, half = k % 64;
-    const Operands o = {m.o.a + tile * m.o.a_step + half, m.o.a_block, m.o.a_step, m.o.b + tile * kTile + half * 16, m.o.b_block};
-    zero_tiles<kRows, kBlocks>();
-    accumulate<kKind, kRows, kBlocks, kStream>(o, steps, kTile);
-    store_tiles<kRows, kBlocks>(m.tmp);
-    for (int b = 0; b < kBlocks; ++b) {
-      const Scales s = scales_of(j.w, j.n_groups, m.block + b, g);
-      for (int rb = 0; rb < kRows; ++rb) {
-        const uint8_t* dot = m.tmp + (rb * kBlocks + b) * kTile;
-        float* sum = reinterpret_cast<float*>(m.sums + (rb * kBlocks + b) * kTile);
-        const int64_t row = m.row + rb * p.mr, rows = min_of(p.mr, j.n_rows - row);
-        const float* xs = j.a.scale + row * j.n_groups + g;
-        const int32_t* xq = j.a.sum + row * j.n_groups + g;
-        for (int64_t r = 0; r < rows; ++r, dot += 64, sum += 16, xs += j.n_groups, xq += j.n_groups)
-          vstore(sum, fold<kMins>(g == 0 ? vzero() : vload(sum), iload(dot), offset, *xs, *xq, s));
-      }
+  uint8_t* const tmp[2] = {m.tmp, m.tmp + 4 * kTile + 576};
+  for (int64_t g = g0; g <= g1; ++g) {
+    if (g < g1) {
+      const int64_t k = g * group - m.t0 * 64, tile = k / 64, half = k % 64;
+      const Operands o = {m.o.a + tile * m.o.a_step + half, m.o.a_block, m.o.a_step, m.o.b + tile * kTile + half * 16, m.o.b_block};
+      zero_tiles<kRows, kBlocks>();
+      accumulate<kKind, kRows, kBlocks>(o, steps, m.fetch);
+      store_tiles<kRows, kBlocks>(tmp[g & 1]);
+    }
+    if (g > g0) fold_tiles<kMins, kRows, kBlocks>(j, p, m, g - 1, tmp[(g - 1) & 1]);
+  }
+  if (m.t0 + m.n == p.n_tiles) finish<kKind, kRows, kBlocks>(j, p, m, m.sums);
+}
+
+template <int kRows, int kBlocks> PL_INLINE void micro(const Job& j, const Plan& p, const Micro& m) {
+  switch (p.kind) {
+    case Kind::bf16: return micro_plain<Kind::bf16, kRows, kBlocks>(j, p, m);
+    case Kind::int8: return micro_plain<Kind::int8, kRows, kBlocks>(j, p, m);
+    case Kind::grouped8: return micro_grouped<Kind::grouped8, false, kRows, kBlocks>(j, p, m);
+    case Kind::grouped4: return j.w.mins ? micro_grouped<Kind::grouped4, true, kRows, kBlocks>(j, p, m) : micro_grouped<Kind::grouped4, false, kRows, kBlocks>(j, p, m);
+  }
+}
+
+// ---- few rows ----
+
+// Lane blocks [at, at + kBlocks) over all of K, by chunks that fit L1 once unpacked.
+template <int kRows, int kBlocks> void few_blocks(const Job& j, const Plan& p, int64_t at, uint8_t* scratch) {
+  const uint8_t* a = j.a.row(0);
+  const int64_t a_step = j.a.mr * 64, a_block = p.n_tiles * 16 * 64;
+  for (int64_t t0 = 0; t0 < p.n_tiles; t0 += p.chunk) {
+    const int64_t n = min_of(p.chunk, p.n_tiles - t0);
+    Operands o = {a + t0 * a_step, a_block, a_step, j.weights(at) + t0 * kTile, j.block};
+    if (p.unpacks) {
+      for (int64_t t = 0; t < n; ++t)
+        for (int b = 0; b < kBlocks; ++b) unpack_tile(j, at + b, t0 + t, scratch + p.unpacked_at + (b * p.chunk + t) * kTile);
+      o.b = scratch + p.unpacked_at, o.b_block = p.chunk * kTile;
+      publish(o.b);
+    }
+    const Fetch fetch = {o.b + 2 * kPrefetch, j.block, p.unpacks ? 0 : kBlocks, 16};
+    micro<kRows, kBlocks>(j, p, {0, at, t0, n, o, scratch, scratch + p.tmp_at, fetch});
+  }
+}
+
+inline void few_rows(const Job& j, const Plan& p, int64_t first, int64_t last, uint8_t* scratch) {
+  publish(j.a.q);
+  const bool two = j.n_rows > 16;
+  for (int64_t at = first; at < last;) {
+    const int64_t left = last - at;
+    if (two) {
+      if (left >= 2) few_blocks<2, 2>(j, p, at, scratch), at += 2;
+      else few_blocks<2, 1>(j, p, at, scratch), at += 1;
+    } else {
+      if (left >= 4) few_blocks<1, 4>(j, p, at, scratch), at += 4;
+      else if (left >= 2) few_blocks<1, 2>(j, p, at, scratch), at += 2;
+      else few_blocks<1, 1>(j, p, at, scratch), at += 1;
     }
   }
-  if (m.t0 + m.n < p.n_tiles) return;
-  for (int b = 0; b < kBlocks; ++b)
-    for (int rb = 0; rb < kRows; ++rb) {
-      const float* sum = reinterpret_cast<const float*>(m.sums + (rb * kBlocks + b) * kTile);
-      const int64_t row = m.row + rb * p.mr, rows = min_of(p.mr, j.n_rows - row);
-      for (int64_t r = 0; r < rows; ++r, sum += 16) store_block(j, row + r, m.block + b, vload(sum));
+}
+
+// ---- many rows ----
+
+// A pair of lane blocks (or the last one) for all rows of the panel, over k tiles [t0, t0 + n); `next` is fetched meanwhile.
+template <int kBlocks>
+void panel_rows(const Job& j, const Plan& p, int64_t at, int64_t row0, int64_t row1, int64_t t0, int64_t n, const uint8_t* next, uint8_t* sums, uint8_t* scratch) {
+  Operands o = {nullptr, p.n_tiles * 16 * 64, 16 * 64, j.weights(at) + t0 * kTile, j.block};
+  if (p.unpacks) {
+    o.b = scratch + p.unpacked_at, o.b_block = p.chunk * kTile;
+    for (int b = 0; b < kBlocks; ++b)
+      for (int64_t t = 0; t < n; ++t) unpack_tile(j, at + b, t0 + t, scratch + p.unpacked_at + (b * p.chunk + t) * kTile);
+  }
+  publish(o.b);
+  for (int64_t row = row0; row < row1; row += 32, sums += 2 * kBlocks * kTile) {
+    o.a = j.a.row(row) + t0 * 16 * 64;
+    const Fetch fetch = {next + (row - row0) / 32 * n * 64, j.block, p.unpacks ? 0 : kBlocks, 1};
+    const Micro m = {row, at, t0, n, o, sums, scratch + p.tmp_at, fetch};
+    if (row1 - row > 16) micro<2, kBlocks>(j, p, m);
+    else micro<1, kBlocks>(j, p, m);
+  }
+}
+
+inline void many_rows(const Job& j, const Plan& p, int64_t first, int64_t last, int64_t row0, int64_t row1, uint8_t* scratch) {
+  publish(j.a.q);
+  const int64_t pair_sums = ceil_div(row1 - row0, 32) * 4 * kTile;
+  for (int64_t t0 = 0; t0 < p.n_tiles; t0 += p.chunk) {
+    const int64_t n = min_of(p.chunk, p.n_tiles - t0);
+    for (int64_t at = first; at < last; at += 2) {
+      const bool more = at + 2 < last;
+      const uint8_t* next = more ? j.weights(at + 2) + t0 * kTile : j.weights(first) + min_of(t0 + n, p.n_tiles - 1) * kTile;
+      uint8_t* sums = scratch + (p.chunk == p.n_tiles ? 0 : (at - first) / 2 * pair_sums);
+      if (last - at > 1) panel_rows<2>(j, p, at, row0, row1, t0, n, next, sums, scratch);
+      else panel_rows<1>(j, p, at, row0, row1, t0, n, next, sums, scratch);
     }
-}
-
-template <int kRows, int kBlocks, bool kStream> PL_INLINE void micro(const Job& j, const Plan& p, const Micro& m) {
-  if (p.kind == Kind::bf16) return micro_plain<Kind::bf16, kRows, kBlocks, kStream>(j, p, m);
-  if (p.kind == Kind::int4) return j.w.mins ? micro_grouped<Kind::int4, true, kRows, kBlocks, false>(j, p, m) : micro_grouped<Kind::int4, false, kRows, kBlocks, false>(j, p, m);
-  return p.grouped ? micro_grouped<Kind::int8, false, kRows, kBlocks, kStream>(j, p, m) : micro_plain<Kind::int8, kRows, kBlocks, kStream>(j, p, m);
-}
-
-template <int kRows, bool kStream> PL_INLINE void micro_blocks(const Job& j, const Plan& p, const Micro& m, int64_t n_blocks) {
-  if (n_blocks == 1) return micro<kRows, 1, kStream>(j, p, m);
-  if (n_blocks == 2) return micro<kRows, 2, kStream>(j, p, m);
-  if constexpr (kRows == 1) {
-    if (n_blocks == 3) return micro<1, 3, kStream>(j, p, m);
-    return micro<1, 4, kStream>(j, p, m);
   }
 }
 
-// Codes of k tiles [t0, t0 + n) of blocks [first, last), one byte each, as B tiles of 64 k's.
-inline void unpack_int4(const Job& j, int64_t first, int64_t last, int64_t t0, int64_t n, uint8_t* to) {
-  for (int64_t b = first; b < last; ++b) {
-    const uint8_t* from = j.weights(b) + t0 * 512;
-    for (int64_t t = 0; t < n; ++t, from += 512, to += kTile)
-      for (int i = 0; i < 8; ++i) {
-        __builtin_prefetch(from + i * 64 + kPrefetch, 0, 3);
-        const I v = iload(from + i * 64);
-        _mm512_store_si512(to + i * 64, low_nibbles(v).v);
-        _mm512_store_si512(to + 512 + i * 64, high_nibbles(v).v);
-      }
-  }
-}
-
-// Row blocks in pairs, lane blocks in pairs; a single row block with four lane blocks at once.
-inline void amx_chunk(const Job& j, const Plan& p, int64_t first, int64_t last, int64_t row0, int64_t row1, int64_t t0, int64_t n, uint8_t* scratch) {
-  const bool one_chunk = n == p.n_tiles;
-  const uint8_t* b = j.weights(first) + t0 * kTile;
-  int64_t b_block = j.block;
-  if (p.kind == Kind::int4) {
-    unpack_int4(j, first, last, t0, n, scratch + p.unpacked_at);
-    b = scratch + p.unpacked_at, b_block = n * kTile;
-  }
-  publish(b);
-  int64_t slot = 0;
-  for (int64_t row = row0; row < row1;) {
-    const bool pair = p.mr == 16 && row1 - row > 16;
-    const int64_t most = pair ? 2 : 4;
-    for (int64_t at = first; at < last; at += most) {
-      const int64_t n_blocks = min_of(most, last - at);
-      const uint8_t* a = j.a.row(row) + t0 * j.a.mr * 64;
-      const Micro m = {row, at, t0, n, {a, p.n_tiles * 16 * 64, j.a.mr * 64, b + (at - first) * b_block, b_block},
-                       scratch + (one_chunk ? 0 : slot), scratch + p.tmp_at};
-      if (!pair) row == row0 ? micro_blocks<1, true>(j, p, m, n_blocks) : micro_blocks<1, false>(j, p, m, n_blocks);
-      else row == row0 ? micro_blocks<2, true>(j, p, m, n_blocks) : micro_blocks<2, false>(j, p, m, n_blocks);
-      slot += (pair ? 2 : 1) * n_blocks * kTile;
-    }
-    row += pair ? 32 : p.mr;
-  }
-}
+// ---- the plan ----
 
 inline void configure(const Plan& p, const Job& j) {
   TileConfig t;
-  const int64_t k_bytes = p.grouped && j.w.group == 32 ? 32 : 64;  // of a step
+  const int64_t k_bytes = (p.kind == Kind::grouped8 || p.kind == Kind::grouped4) && j.w.group == 32 ? 32 : 64;  // of a step
   for (int i = 0; i < 8; ++i) {
     t.bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? k_bytes : 64);
     t.rows[i] = static_cast<uint8_t>(i < 6 ? p.mr : k_bytes / 4);
@@ -213,24 +312,30 @@ inline void configure(const Plan& p, const Job& j) {
   _tile_loadconfig(&t);
 }
 
+inline Kind kind_of(const Weight& w) {
+  if (w.format == Format::bf16) return Kind::bf16;
+  if (scaled_group(w) == 0) return Kind::int8;
+  return w.format == Format::int8 ? Kind::grouped8 : Kind::grouped4;
+}
+
 inline Plan amx_plan(const Ctx& c, const Job& j) {
   Plan p = {};
-  p.kind = j.w.format == Format::bf16 ? Kind::bf16 : j.w.format == Format::int8 ? Kind::int8 : Kind::int4;
-  p.grouped = j.w.group != 0;
+  p.kind = kind_of(j.w);
+  p.unpacks = j.w.format == Format::int4 || j.w.format == Format::int4g;
   p.mr = j.a.mr, p.n_tiles = j.a.n_tiles;
-  const bool few = j.n_rows <= 16;
-  p.panel = few ? p.mr : kPanelRows;
-  p.n_panels = ceil_div(j.n_rows, p.panel);
-  const int64_t unpack = few ? kChunkFew : kChunkMany, limit = p.kind == Kind::int4 ? unpack : few ? p.n_tiles : kChunkMany;
+  const bool few = j.n_rows <= kFewRows;
+  const int64_t limit = few ? (p.unpacks ? kChunkFew : p.n_tiles) : kChunkMany;
   p.chunk = p.n_tiles <= limit + limit / 2 ? p.n_tiles : limit;
+  p.panel = few ? j.n_rows : kPanelRows;
+  p.n_panels = ceil_div(j.n_rows, p.panel);
   const int64_t share = ceil_div(j.n_blocks * p.n_panels, kTasksPerThread * pool_size(c.pool));
   p.strip = few ? round_up(ceil_div(kTaskBytes, j.block), 4) : round_up(min_of(kMaxStrip, max_of<int64_t>(2, share)), 2);
-  p.strip = min_of(p.strip, j.n_blocks);
+  p.strip = min_of(p.strip, round_up(j.n_blocks, 2));
   p.n_strips = ceil_div(j.n_blocks, p.strip);
-  const int64_t row_blocks = ceil_div(min_of(p.panel, j.n_rows), p.mr), n_sums = p.chunk == p.n_tiles ? 4 : row_blocks * p.strip;
-  p.unpacked_at = n_sums * kTile;
-  p.tmp_at = p.unpacked_at + (p.kind == Kind::int4 ? p.strip * p.chunk * kTile : 0);
-  p.scratch_size = p.tmp_at + 4 * kTile;
+  const int64_t n_pairs = p.chunk == p.n_tiles ? 1 : round_up(p.strip, 2) / 2, row_pairs = ceil_div(min_of(p.panel, j.n_rows), 32);
+  p.unpacked_at = (few ? 1 : n_pairs * row_pairs) * 4 * kTile;
+  p.tmp_at = p.unpacked_at + (p.unpacks ? 4 * p.chunk * kTile : 0) + 1088;
+  p.scratch_size = p.tmp_at + 10 * kTile;
   p.scratch = take<uint8_t>(c, p.scratch_size * pool_size(c.pool));
   return p;
 }
@@ -238,11 +343,11 @@ inline Plan amx_plan(const Ctx& c, const Job& j) {
 inline void run_amx(const Ctx& c, const Job& j) {
   const Plan p = amx_plan(c, j);
   parallel(c, p.n_strips * p.n_panels, [&](int64_t task, int thread) {
-    const int64_t first = task % p.n_strips * p.strip, row0 = task / p.n_strips * p.panel;
+    const int64_t first = task % p.n_strips * p.strip, last = min_of(j.n_blocks, first + p.strip), row0 = task / p.n_strips * p.panel;
+    uint8_t* scratch = p.scratch + thread * p.scratch_size;
     configure(p, j);
-    for (int64_t t0 = 0; t0 < p.n_tiles; t0 += p.chunk)
-      amx_chunk(j, p, first, min_of(j.n_blocks, first + p.strip), row0, min_of(j.n_rows, row0 + p.panel), t0,
-                min_of(p.chunk, p.n_tiles - t0), p.scratch + thread * p.scratch_size);
+    if (j.n_rows <= kFewRows) few_rows(j, p, first, last, scratch);
+    else many_rows(j, p, first, last, row0, min_of(j.n_rows, row0 + p.panel), scratch);
     _tile_release();
   });
 }

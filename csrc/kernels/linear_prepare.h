@@ -39,21 +39,31 @@ PL_INLINE I quantise16(V v, int8_t* q) {
 #endif
 }
 
-// One row into tiles of 64 codes; `step` bytes between tiles. Zero beyond n.
-inline void quantise_row(const float* x, int64_t n, int64_t k, int64_t group, uint8_t* q, int64_t step, float* scale, int32_t* sum) {
-  const int64_t size = group ? group : k;
+// How rows become codes: scales over `group` k's (0: all), sums over `sum_group`, starts as `start_of` says.
+struct Coding8 { int64_t group, sum_group; int32_t offset; bool halves; };
+
+// Row r into tiles of 64 codes; `step` bytes between tiles. Zero beyond n.
+inline void quantise_row(const float* x, int64_t n, int64_t k, const Coding8& how, const Rows& rows, int64_t r) {
+  const int64_t size = how.group ? how.group : k, part = how.sum_group ? how.sum_group : k, step = rows.mr * 64;
+  uint8_t* q = const_cast<uint8_t*>(rows.row(r));
+  float* scale = const_cast<float*>(rows.scale) + rows.scale_at(r, 0);
+  int32_t *start = const_cast<int32_t*>(rows.start) + r * rows.n_sums, *sum = const_cast<int32_t*>(rows.sum) + r * rows.n_sums;
   for (int64_t g = 0; g * size < k; ++g) {
     const int64_t first = g * size, real = max_of<int64_t>(0, min_of(size, n - first));
     const float top = largest(x + first, real);
-    scale[g] = top == 0.0f ? 1.0f : top / 127.0f;
-    I total = izero();
-    const V s = vset(scale[g]);
-    for (int64_t i = 0; i < size; i += 16) {
-      const int64_t at = first + i;
-      const V v = real - i >= 16 ? vload(x + at) : i < real ? vload(x + at, real - i) : vzero();
-      total = iadd(total, quantise16(vdiv(v, s), reinterpret_cast<int8_t*>(q + at / 64 * step + at % 64)));
+    scale[g * rows.mr] = top == 0.0f ? 1.0f : top / 127.0f;
+    const V s = vset(scale[g * rows.mr]);
+    for (int64_t begin = 0; begin < size; begin += part) {
+      I total = izero();
+      for (int64_t i = begin; i < begin + part; i += 16) {
+        const int64_t at = first + i;
+        const V v = real - i >= 16 ? vload(x + at) : i < real ? vload(x + at, real - i) : vzero();
+        total = iadd(total, quantise16(vdiv(v, s), reinterpret_cast<int8_t*>(q + at / 64 * step + at % 64)));
+      }
+      const Sums t = sums_of(total);
+      *start++ = start_of(t, how.offset, how.halves);
+      *sum++ = t.first + t.last;
     }
-    sum[g] = isum(total);
   }
 }
 
@@ -79,37 +89,47 @@ inline void copy_row(const float* x, int64_t n, int64_t k, bool round, float* to
   }
 }
 
-// `tiled`: tiles of mr rows, the last padded with zero rows; otherwise float rows.
-inline Rows prepare(const Ctx& c, const LinearArgs& a, int64_t k, int64_t n_groups, bool tiled, int64_t mr) {
-  Rows rows = {a.x.p, a.x.stride, nullptr, mr, 0, n_groups, nullptr, nullptr};
-  const int64_t n = a.x.cols, n_rows = c.n_rows;
-  if (a.w.format == Format::f32) return rows;
-  const int64_t per_task = max_of<int64_t>(1, (1 << 16) / max_of<int64_t>(k, 1)), n_tasks = ceil_div(n_rows, per_task);
-  if (!tiled) {
-    float* to = take<float>(c, n_rows * k);
-    rows.x = to, rows.ldx = k;
-    parallel(c, n_tasks, [&](int64_t t, int) {
-      for (int64_t r = t * per_task; r < min_of(n_rows, (t + 1) * per_task); ++r) copy_row(a.x.row(r), n, k, a.w.format == Format::bf16, to + r * k);
-    });
-    return rows;
-  }
-  const bool codes = !is_float(a.w.format);
-  rows.n_tiles = k / (codes ? 64 : 32);
-  const int64_t n_padded = round_up(n_rows, mr), row_bytes = rows.n_tiles * 64;
-  uint8_t* q = take<uint8_t>(c, n_padded * row_bytes);
-  float* scale = codes ? take<float>(c, n_padded * n_groups) : nullptr;
-  int32_t* sum = codes ? take<int32_t>(c, n_padded * n_groups) : nullptr;
-  rows.q = q, rows.scale = scale, rows.sum = sum;
-  parallel(c, n_tasks, [&](int64_t t, int) {
-    for (int64_t r = t * per_task; r < min_of(n_rows, (t + 1) * per_task); ++r) {
-      uint8_t* to = const_cast<uint8_t*>(rows.row(r));
-      if (codes) quantise_row(a.x.row(r), n, k, a.w.group, to, mr * 64, scale + r * n_groups, sum + r * n_groups);
-      else round_row(a.x.row(r), n, k, to, mr * 64);
-    }
+// f(row) for every row, in tasks of some 64 Ki values.
+template <class F> PL_INLINE void each_piece(const Ctx& c, int64_t n_rows, int64_t k, F f) {
+  const int64_t per_task = max_of<int64_t>(1, (1 << 16) / max_of<int64_t>(k, 1));
+  parallel(c, ceil_div(n_rows, per_task), [&](int64_t t, int) {
+    for (int64_t r = t * per_task; r < min_of(n_rows, (t + 1) * per_task); ++r) f(r);
   });
-  for (int64_t r = n_rows; r < n_padded; ++r) {
-    for (int64_t t = 0; t < rows.n_tiles; ++t) memset(const_cast<uint8_t*>(rows.row(r)) + t * mr * 64, 0, 64);
-    for (int64_t g = 0; codes && g < n_groups; ++g) scale[r * n_groups + g] = 0.0f, sum[r * n_groups + g] = 0;
+}
+
+// What the vector kernels take back from their codes.
+PL_INLINE Coding8 coding_of(const Weight& w, bool for_tiles) {
+  const int32_t offset = w.format == Format::int8 ? (for_tiles ? 0 : kOffset8) : w.mins ? 0 : 8;
+  return {scaled_group(w), w.group, offset, w.format == Format::int4 && kHalves};
+}
+
+// Rows as floats, padded to k and rounded when the weights are bfloat16.
+inline Rows prepare_floats(const Ctx& c, const LinearArgs& a, int64_t k) {
+  Rows rows = {a.x.p, a.x.stride, nullptr, 1, 0, 0, 0, nullptr, nullptr, nullptr};
+  if (a.w.format == Format::f32) return rows;
+  float* to = take<float>(c, c.n_rows * k);
+  rows.x = to, rows.ldx = k;
+  each_piece(c, c.n_rows, k, [&](int64_t r) { copy_row(a.x.row(r), a.x.cols, k, a.w.format == Format::bf16, to + r * k); });
+  return rows;
+}
+
+// Rows in tiles of mr rows, the last padded with zero rows.
+inline Rows prepare_tiles(const Ctx& c, const LinearArgs& a, int64_t k, int64_t n_groups, int64_t mr, bool for_tiles) {
+  const bool codes = !is_float(a.w.format);
+  const int64_t n_tiles = k / (codes ? 64 : 32), n_padded = round_up(c.n_rows, mr), n_scales = scaled_group(a.w) ? n_groups : 1;
+  uint8_t* q = take<uint8_t>(c, n_padded * n_tiles * 64);
+  float* scale = codes ? take<float>(c, n_padded * n_scales) : nullptr;
+  int32_t* sums = codes ? take<int32_t>(c, 2 * n_padded * n_groups) : nullptr;
+  const Rows rows = {a.x.p, a.x.stride, q, mr, n_tiles, n_scales, n_groups, scale, sums, codes ? sums + n_padded * n_groups : nullptr};
+  const Coding8 how = coding_of(a.w, for_tiles);
+  each_piece(c, c.n_rows, k, [&](int64_t r) {
+    if (codes) quantise_row(a.x.row(r), a.x.cols, k, how, rows, r);
+    else round_row(a.x.row(r), a.x.cols, k, const_cast<uint8_t*>(rows.row(r)), mr * 64);
+  });
+  for (int64_t r = c.n_rows; r < n_padded; ++r) {
+    for (int64_t t = 0; t < n_tiles; ++t) memset(const_cast<uint8_t*>(rows.row(r)) + t * mr * 64, 0, 64);
+    for (int64_t g = 0; codes && g < n_scales; ++g) scale[rows.scale_at(r, g)] = 0.0f;
+    for (int64_t g = 0; codes && g < n_groups; ++g) sums[r * n_groups + g] = sums[(n_padded + r) * n_groups + g] = 0;
   }
   return rows;
 }

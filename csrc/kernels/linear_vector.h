@@ -99,14 +99,20 @@ PL_INLINE I four_codes(const uint8_t* p) {
   return iset(x);
 }
 
+// Sums of a group begin at the rows' starts.
+template <int MR, int NB> PL_INLINE void start_group(const Job& j, int64_t row, int64_t g, I (&dot)[MR][NB]) {
+  for (int r = 0; r < MR; ++r) {
+    const I start = iset(j.a.start[(row + r) * j.n_groups + g]);
+    for (int b = 0; b < NB; ++b) dot[r][b] = start;
+  }
+}
+
 template <bool kMins, int MR, int NB>
-PL_INLINE void fold_group(const Job& j, int64_t row, int64_t block, int64_t g, int32_t offset, const I (&dot)[MR][NB], V (&acc)[MR][NB]) {
+PL_INLINE void fold_group(const Job& j, int64_t row, int64_t block, int64_t g, const I (&dot)[MR][NB], V (&acc)[MR][NB]) {
   for (int b = 0; b < NB; ++b) {
     const Scales s = scales_of(j.w, j.n_groups, block + b, g);
-    for (int r = 0; r < MR; ++r) {
-      const int64_t at = (row + r) * j.n_groups + g;
-      acc[r][b] = fold<kMins>(acc[r][b], dot[r][b], offset, j.a.scale[at], j.a.sum[at], s);
-    }
+    for (int r = 0; r < MR; ++r)
+      acc[r][b] = fold<kMins>(acc[r][b], dot[r][b], j.a.scale[j.a.scale_at(row + r, g)], j.a.sum[(row + r) * j.n_groups + g], s);
   }
 }
 
@@ -120,8 +126,7 @@ template <int MR, int NB> void int8_rows(const Job& j, int64_t row, int64_t bloc
   const int64_t size = j.w.group ? j.w.group : j.k;
   for (int64_t g = 0; g < j.n_groups; ++g) {
     I dot[MR][NB];
-    for (int r = 0; r < MR; ++r)
-      for (int b = 0; b < NB; ++b) dot[r][b] = izero();
+    start_group(j, row, g, dot);
     for (int64_t k = g * size; k < (g + 1) * size; k += 4)
       for (int b = 0; b < NB; ++b) {
         const uint8_t* p = w + b * j.block + k * 16;
@@ -129,7 +134,7 @@ template <int MR, int NB> void int8_rows(const Job& j, int64_t row, int64_t bloc
         const I wv = weight8(iload(p));
         for (int r = 0; r < MR; ++r) dot[r][b] = dot8(dot[r][b], wv, four_codes(x[r] + k / 64 * (j.a.mr * 64) + k % 64));
       }
-    fold_group<false>(j, row, block, g, kOffset8, dot, acc);
+    fold_group<false>(j, row, block, g, dot, acc);
   }
   for (int r = 0; r < MR; ++r)
     for (int b = 0; b < NB; ++b) store_block(j, row + r, block + b, acc[r][b]);
@@ -151,28 +156,65 @@ PL_INLINE void int4_block(const Job& j, const uint8_t* w, const uint8_t* const (
     }
 }
 
-template <bool kMins, int MR, int NB> void int4_rows(const Job& j, int64_t row, int64_t block) {
+template <bool kMins, int MR, int NB> void int4g_rows(const Job& j, int64_t row, int64_t block) {
   V acc[MR][NB];
   const uint8_t *x[MR], *w = j.weights(block);
   for (int r = 0; r < MR; ++r) {
     x[r] = j.a.row(row + r);
     for (int b = 0; b < NB; ++b) acc[r][b] = vzero();
   }
-  constexpr int32_t offset = kMins ? 0 : 8;
   for (int64_t g = 0; g < j.n_groups; ++g) {
     I dot[MR][NB];
-    for (int r = 0; r < MR; ++r)
-      for (int b = 0; b < NB; ++b) dot[r][b] = izero();
+    start_group(j, row, g, dot);
     if (j.w.group == 32) {
       if (g % 2 == 0) int4_block<true, false>(j, w, x, g / 2, dot);
       else int4_block<false, true>(j, w, x, g / 2, dot);
     } else {
       for (int64_t kb = g * j.w.group / 64; kb < (g + 1) * j.w.group / 64; ++kb) int4_block<true, true>(j, w, x, kb, dot);
     }
-    fold_group<kMins>(j, row, block, g, offset, dot, acc);
+    fold_group<kMins>(j, row, block, g, dot, acc);
   }
   for (int r = 0; r < MR; ++r)
     for (int b = 0; b < NB; ++b) store_block(j, row + r, block + b, acc[r][b]);
+}
+
+// One group of 32 of the factored int4: the low or the high nibbles of block kb of 64 k's.
+template <bool kHigh, int MR, int NB>
+PL_INLINE void factored_group(const Job& j, int64_t row, const uint8_t* w, const int8_t* factors, const uint8_t* const (&x)[MR], int64_t kb, I (&sum)[MR][NB]) {
+  const int64_t g = 2 * kb + kHigh;
+  I dot[MR][NB];
+  start_group(j, row, g, dot);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    for (int b = 0; b < NB; ++b) {
+      const uint8_t* p = w + b * j.block + kb * 512 + i * 64;
+      if (!kHigh) ahead(p);
+      const I codes = kHigh ? high_nibbles(iload(p)) : low_nibbles(iload(p));
+      for (int r = 0; r < MR; ++r) dot[r][b] = dot4_short(dot[r][b], codes, four_codes(x[r] + kb * (j.a.mr * 64) + kHigh * 32 + i * 4));
+    }
+  for (int b = 0; b < NB; ++b) {
+    const I factor = load_factors(factors + (b * j.n_groups + g) * 16);
+    for (int r = 0; r < MR; ++r) sum[r][b] = times_factor(sum[r][b], dot[r][b], factor);
+  }
+}
+
+// Codes of groups of 32 times whole factors: integer sums over all of K, one scale at the end.
+template <int MR, int NB> void int4_rows(const Job& j, int64_t row, int64_t block) {
+  I sum[MR][NB];
+  const uint8_t *x[MR], *w = j.weights(block);
+  for (int r = 0; r < MR; ++r) {
+    x[r] = j.a.row(row + r);
+    for (int b = 0; b < NB; ++b) sum[r][b] = izero();
+  }
+  const int8_t* factors = j.w.factors + block * j.n_groups * 16;
+  for (int64_t kb = 0; kb < j.k / 64; ++kb) {
+    factored_group<false>(j, row, w, factors, x, kb, sum);
+    factored_group<true>(j, row, w, factors, x, kb, sum);
+  }
+  for (int b = 0; b < NB; ++b) {
+    const Scales s = scales_of(j.w, 1, block + b, 0);
+    for (int r = 0; r < MR; ++r) store_block(j, row + r, block + b, fold<false>(vzero(), sum[r][b], j.a.scale[j.a.scale_at(row + r, 0)], 0, s));
+  }
 }
 
 template <int MR, int NB> PL_INLINE void rows_of(const Job& j, int64_t row, int64_t block) {
@@ -181,7 +223,8 @@ template <int MR, int NB> PL_INLINE void rows_of(const Job& j, int64_t row, int6
     case Format::f16: return float_rows<Format::f16, MR, NB>(j, row, block);
     case Format::bf16: return float_rows<Format::bf16, MR, NB>(j, row, block);
     case Format::int8: return int8_rows<MR, NB>(j, row, block);
-    case Format::int4: return j.w.mins ? int4_rows<true, MR, NB>(j, row, block) : int4_rows<false, MR, NB>(j, row, block);
+    case Format::int4: return int4_rows<MR, NB>(j, row, block);
+    case Format::int4g: return j.w.mins ? int4g_rows<true, MR, NB>(j, row, block) : int4g_rows<false, MR, NB>(j, row, block);
   }
 }
 

@@ -93,6 +93,64 @@ inline bool code_row(const PackArgs& a, const float* x, int64_t k, int64_t n_gro
   return ok;
 }
 
+// ---- int4: groups of 32 whose scale is a whole multiple of the output's ----
+
+constexpr int64_t kFactored = 32;
+constexpr float kMostFactor = 15.0f;
+
+// The element of largest magnitude of a group, the first on ties.
+PL_INLINE float widest(const float* x, int64_t n) {
+  const float top = largest(x, n);
+  int64_t i = 0;
+  while (__builtin_fabsf(x[i]) != top) ++i;
+  return x[i];
+}
+
+// Codes (less 8) of one group for a step, and their squared error in the order vsum gives.
+PL_INLINE float code_with(const float* x, float step, V (&q)[2]) {
+  const V by = vset(step == 0.0f ? __builtin_inff() : step), low = vset(-8.0f), high = vset(7.0f);
+  V error[2];
+  for (int h = 0; h < 2; ++h) {
+    const V v = vload(x + 16 * h);
+    q[h] = vmin(vmax(vround(vdiv(v, by)), low), high);
+    const V d = vsub(vmul(q[h], vset(step)), v);
+    error[h] = vmul(d, d);
+  }
+  return vsum(vadd(error[0], error[1]));
+}
+
+// The factor nearest to the one that gives the widest element the code -8, or one of its neighbours where their error is less.
+PL_INLINE float best_factor(const float* x, float widest_one, float scale, V (&best)[2]) {
+  const float ideal = scale == 0.0f ? 0.0f : widest_one / -8.0f / scale, size = __builtin_rintf(__builtin_fabsf(ideal));
+  float factor = 0.0f, least = __builtin_inff();
+  constexpr float kBy[3] = {0.0f, 1.0f, -1.0f};
+  for (const float by : kBy) {
+    const float magnitude = min_of(kMostFactor, max_of(1.0f, size + by)), f = ideal < 0.0f ? -magnitude : magnitude;
+    V q[2];
+    const float error = code_with(x, scale * f, q);
+    if (!(error < least)) continue;
+    least = error, factor = f, best[0] = q[0], best[1] = q[1];
+  }
+  return factor;
+}
+
+// One row, zero up to k.
+inline void factor_row(const PackArgs& a, const float* x, int64_t k, int64_t block, int64_t lane, int8_t* codes) {
+  const int64_t n_groups = k / kFactored, n = a.w.n_in;
+  float top = 0.0f;
+  for (int64_t g = 0; g * kFactored < n; ++g) top = max_of(top, largest(x + g * kFactored, min_of(kFactored, n - g * kFactored)));
+  const float scale = top / (8.0f * kMostFactor);
+  static_cast<float*>(const_cast<void*>(a.w.scales))[block * 16 + lane] = scale;
+  for (int64_t g = 0; g * kFactored < n; ++g) {
+    const float* group = x + g * kFactored;
+    V q[2] = {vzero(), vzero()};
+    const float most = widest(group, kFactored), factor = most == 0.0f ? 0.0f : best_factor(group, most, scale, q);
+    const_cast<int8_t*>(a.w.factors)[(block * n_groups + g) * 16 + lane] = static_cast<int8_t>(factor);
+    for (int h = 0; h < 2; ++h) quantise16(vadd(q[h], vset(8.0f)), codes + g * kFactored + 16 * h);
+  }
+  memset(codes + n, 0, static_cast<size_t>(k - n));
+}
+
 // Sixteen strings of words side by side.
 inline void interleave(const uint32_t* words, int64_t n_words, uint32_t* to) {
   for (int64_t i = 0; i < n_words; ++i)
@@ -116,7 +174,8 @@ inline int32_t row_words(const PackArgs& a, int64_t block, int64_t lane, int64_t
     for (int64_t i = 0; i < k; ++i) ok &= (h[i] & inf) != inf;
     return ok ? 0 : 2;
   } else {
-    if (!code_row(a, x, k, n_groups, block, lane, codes)) return 2;
+    if (a.w.format == Format::int4) factor_row(a, x, k, block, lane, codes);
+    else if (!code_row(a, x, k, n_groups, block, lane, codes)) return 2;
     if (a.w.format == Format::int8) {
       memcpy(words, codes, static_cast<size_t>(k));
     } else {
@@ -130,7 +189,7 @@ inline int32_t row_words(const PackArgs& a, int64_t block, int64_t lane, int64_t
 
 void pack(const Ctx& c, const PackArgs& a) {
   const int64_t k = padded_k(a.w), block = block_bytes(a.w), n_words = block / 64, n_groups = a.w.group ? k / a.w.group : 1;
-  const int64_t n_blocks = ceil_div(a.w.n_out, 16), row = round_up(k, 16) + 16, per_thread = row * 5 + n_words * 64;
+  const int64_t n_blocks = ceil_div(a.w.n_out, 16), row = round_up(k, 16) + 16, per_thread = row * 5 + n_words * 64;  // floats and codes of a row, words of sixteen
   uint8_t* scratch = take<uint8_t>(c, round_up(per_thread, 64) * pool_size(c.pool));
   int32_t* flags = take<int32_t>(c, n_blocks);
   parallel(c, n_blocks, [&](int64_t b, int thread) {
@@ -139,9 +198,10 @@ void pack(const Ctx& c, const PackArgs& a) {
     auto* x = reinterpret_cast<float*>(mine + n_words * 64);
     auto* codes = reinterpret_cast<int8_t*>(mine + n_words * 64 + row * 4);
     flags[b] = 0;
-    if (a.w.group) memset(static_cast<uint16_t*>(const_cast<void*>(a.w.scales)) + b * n_groups * 16, 0, static_cast<size_t>(n_groups) * 32);
+    if (scaled_group(a.w)) memset(static_cast<uint16_t*>(const_cast<void*>(a.w.scales)) + b * n_groups * 16, 0, static_cast<size_t>(n_groups) * 32);
     else if (a.w.scales) memset(static_cast<float*>(const_cast<void*>(a.w.scales)) + b * 16, 0, 64);
     if (a.w.mins) memset(static_cast<uint16_t*>(const_cast<void*>(a.w.mins)) + b * n_groups * 16, 0, static_cast<size_t>(n_groups) * 32);
+    if (a.w.factors) memset(const_cast<int8_t*>(a.w.factors) + b * n_groups * 16, 0, static_cast<size_t>(n_groups) * 16);
     for (int64_t lane = 0; lane < 16; ++lane) {
       if (b * 16 + lane < a.w.n_out) flags[b] |= row_words(a, b, lane, k, x, codes, words + lane * n_words);
       else memset(words + lane * n_words, 0, static_cast<size_t>(n_words) * 4);

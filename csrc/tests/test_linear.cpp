@@ -22,19 +22,21 @@ struct Packed {
   std::vector<uint8_t> data;
   std::vector<uint16_t> scales, mins;
   std::vector<float> scales32;
+  std::vector<int8_t> factors;
   std::vector<double> value;  // (n, kp)
   bool with_mins;
 
   Weight weight() const {
-    const void* s = format == Format::int8 && group == 0 ? static_cast<const void*>(scales32.data()) : scales.data();
-    return {format, n, k, group, data.data(), s, with_mins ? mins.data() : nullptr};
+    const bool per_output = format == Format::int4 || group == 0;
+    const void* s = per_output ? static_cast<const void*>(scales32.data()) : scales.data();
+    return {format, n, k, group, data.data(), s, with_mins ? mins.data() : nullptr, format == Format::int4 ? factors.data() : nullptr};
   }
 };
 
 // Random weights that every format holds exactly: small integers times a power of two.
 Packed make(Random& random, Format format, int64_t n, int64_t k, int64_t group, bool with_mins) {
-  Packed p = {format, n, k, 0, group, 1, (n + 15) / 16, {}, {}, {}, {}, {}, with_mins};
-  const bool codes = format == Format::int8 || format == Format::int4;
+  Packed p = {format, n, k, 0, group, 1, (n + 15) / 16, {}, {}, {}, {}, {}, {}, with_mins};
+  const bool codes = format == Format::int8 || format == Format::int4 || format == Format::int4g;
   const int64_t align = format == Format::f32 ? 1 : codes ? (group > 64 ? group : 64) : 32;
   p.kp = (k + align - 1) / align * align;
   p.n_groups = group ? p.kp / group : 1;
@@ -45,6 +47,7 @@ Packed make(Random& random, Format format, int64_t n, int64_t k, int64_t group, 
     p.scales.push_back(half_of(ldexpf(1.0f, static_cast<int>(random.below(4)) - 8)));
     p.scales32.push_back(0.0078125f);
     p.mins.push_back(half_of(0.03125f));
+    p.factors.push_back(static_cast<int8_t>(random.below(31) - 15));
   }
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < p.kp; ++c) {
@@ -66,7 +69,8 @@ Packed make(Random& random, Format format, int64_t n, int64_t k, int64_t group, 
         memcpy(&p.data[static_cast<size_t>(((b * p.kp / 4 + c / 4) * 16 + lane) * 4 + c % 4)], &q, 1);
       } else {
         const int64_t q = random.below(16), in = c % 64 % 32;
-        v = scale() * static_cast<double>(with_mins ? q : q - 8) + (with_mins ? 0.03125 : 0.0);
+        const double step = format == Format::int4 ? 0.0078125 * p.factors[s] : scale();
+        v = step * static_cast<double>(with_mins ? q : q - 8) + (with_mins ? 0.03125 : 0.0);
         const size_t at = static_cast<size_t>((((b * p.kp / 64 + c / 64) * 8 + in / 4) * 16 + lane) * 4 + in % 4);
         p.data[at] = static_cast<uint8_t>(p.data[at] | (c % 64 < 32 ? q : q << 4));
       }
@@ -115,12 +119,13 @@ void check_one(const Kernels& k, Pool* pool, Workspace* ws, const Packed& p, int
 void test_linear(const Kernels& k, Pool* pool, Workspace* ws) {
   struct Case { Format format; int64_t group; bool mins; };
   std::vector<Case> cases = {{Format::f32, 0, false}, {Format::f16, 0, false}, {Format::bf16, 0, false}, {Format::int8, 0, false}};
-  for (int64_t g : {32, 64, 128}) cases.insert(cases.end(), {{Format::int8, g, false}, {Format::int4, g, false}, {Format::int4, g, true}});
+  for (int64_t g : {32, 64, 128}) cases.insert(cases.end(), {{Format::int8, g, false}, {Format::int4g, g, false}, {Format::int4g, g, true}});
+  cases.push_back({Format::int4, 32, false});
   Random random;
   for (const Case& c : cases)
     for (const auto& shape : {std::pair<int64_t, int64_t>{1, 1}, {3, 17}, {33, 64}, {100, 100}, {16, 700}, {70, 4480}}) {
       const Packed p = make(random, c.format, shape.first, shape.second, c.group, c.mins);
-      for (int64_t rows : {1, 3, 5, 16, 17, 40}) check_one(k, pool, ws, p, rows);
+      for (int64_t rows : {1, 3, 5, 16, 17, 40, 70}) check_one(k, pool, ws, p, rows);
     }
 }
 

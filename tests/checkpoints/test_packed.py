@@ -35,15 +35,16 @@ def packed(form: str, shape: tuple[int, int], group: int = 0, *, mins: bool = Fa
     for part, (dims, dtype) in layout(form, shape, group, mins).items():
         n = int(np.prod(dims)) * dtype.itemsize
         arrays[part] = rng.integers(0, 255, n, dtype=np.uint8).view(dtype).reshape(dims)
-    return Packed(form, shape, arrays["data"], arrays.get("scales"), arrays.get("mins"), group)
+    return Packed(form, shape, arrays["data"], arrays.get("scales"), arrays.get("mins"), group, arrays.get("factors"))
 
 
 def model() -> dict[str, Any]:
     return {
         "embed": packed("bf16", (50, 70)),
         "norm": np.linspace(0, 1, 13, dtype=np.float32),
-        "a": packed("int4", (33, 128), 32),
-        "b": packed("int4", (16, 192), 128, mins=True),
+        "a": packed("int4g", (33, 128), 32),
+        "b": packed("int4g", (16, 192), 128, mins=True),
+        "b2": packed("int4", (40, 100), 32),
         "c": packed("int8", (20, 100)),
         "d": packed("int8", (20, 100), 64),
         "e": packed("f16", (5, 7)),
@@ -70,7 +71,7 @@ def test_round_trip(tmp_path: Path) -> None:
     save_packed(tmp_path / "q", config, model().items(), form="mixed", generation={"eos_token_id": 2})
     c = open_checkpoint(tmp_path / "q")
     assert c.format == "packed"
-    assert c.config == {**CONFIG, "paceline": {"version": 1, "format": "mixed", "groups": [32, 64, 128]}}
+    assert c.config == {**CONFIG, "paceline": {"version": 2, "format": "mixed", "groups": [32, 64, 128]}}
     assert c.generation == {"eos_token_id": 2}
     assert set(c.tensors()) == set(model())
     for name, tensor in model().items():
@@ -311,7 +312,7 @@ def test_a_table_that_contradicts_the_shards(tmp_path: Path, name: str, field: s
 @pytest.mark.parametrize(
     "change",
     [
-        lambda t: t.update(version=2),
+        lambda t: t.update(version=1),
         lambda t: t.update(version=None),
         lambda t: t.update(files=0),
         lambda t: t.update(files=1 << 40),
@@ -343,7 +344,7 @@ def test_missing_and_truncated_shards_and_unknown_parameters(tmp_path: Path) -> 
 
 
 @given(
-    st.sampled_from(["f32", "f16", "bf16", "int8", "int4"]),
+    st.sampled_from(["f32", "f16", "bf16", "int8", "int4g"]),
     st.integers(1, 100),
     st.integers(1, 300),
     st.sampled_from([0, 32, 64, 128]),
@@ -353,11 +354,11 @@ def test_missing_and_truncated_shards_and_unknown_parameters(tmp_path: Path) -> 
 def test_any_shape_round_trips(
     tmp_path_factory: pytest.TempPathFactory, form: str, n_out: int, n_in: int, group: int, mins: bool
 ) -> None:
-    if form == "int4" and not group:
+    if form == "int4g" and not group:
         group = 32
     if form in ("f32", "f16", "bf16"):
         group = 0
-    mins = mins and form == "int4"
+    mins = mins and form == "int4g"
     tensor = packed(form, (n_out, n_in), group, mins=mins)
     folder = tmp_path_factory.mktemp("p") / "q"
     save_packed(folder, CONFIG, [("w", tensor)], form=form)
@@ -366,8 +367,8 @@ def test_any_shape_round_trips(
 
 def test_a_model_of_many_parameters_opens_at_once(tmp_path: Path) -> None:
     """As many tensors as a 1B model has (16 layers), opened in well under a second whatever their size."""
-    tensors = ((f"layers.{i}.w{j}", packed("int4", (64, 256), 64)) for i in range(16) for j in range(9))
-    save_packed(tmp_path / "q", CONFIG, tensors, form="int4:group=64")
+    tensors = ((f"layers.{i}.w{j}", packed("int4g", (64, 256), 64)) for i in range(16) for j in range(9))
+    save_packed(tmp_path / "q", CONFIG, tensors, form="int4g:group=64")
     start = time.process_time()
     c = open_checkpoint(tmp_path / "q")
     for name in c.tensors():
@@ -381,17 +382,17 @@ def test_the_example_in_the_documentation() -> None:
     code = text.split("```python\n")[1].split("```")[0]
     w = np.random.default_rng(0).standard_normal((37, 200)).astype(np.float32)
     for group in (32, 64, 128):
-        p = formats.get("int4").pack(w, group)
+        p = formats.get("int4g").pack(w, group)
         assert p.scales is not None
         names: dict[str, Any] = {"np": np, "data": p.data, "scales": p.scales, "group": group, "n_out": 37, "n_in": 200}
         names |= {"NB": p.data.shape[0], "K": p.data.shape[1] * 64}
         exec(code, names)
-        np.testing.assert_array_equal(names["w"], formats.get("int4").unpack(p))
+        np.testing.assert_array_equal(names["w"], formats.get("int4g").unpack(p))
 
 
 def test_a_real_matrix_survives(tmp_path: Path) -> None:
     w = np.random.default_rng(0).standard_normal((70, 300)).astype(np.float32)
-    for form in ("f32", "f16", "bf16", "int8", "int4:group=64", "int4:group=32,mins"):
+    for form in ("f32", "f16", "bf16", "int8", "int4g:group=64", "int4g:group=32,mins"):
         spec = formats.parse(form)
         folder = tmp_path / form.replace(":", "_")
         p = spec.pack(w)

@@ -66,10 +66,10 @@ def test_a_model_keeps_its_codes(tmp_path: Path, method: str, symmetric: bool) -
     with LLM(tmp_path) as llm:
         assert "int4" in llm.plan.model.formats
         weights = llm.engine.runner.model.w
-        stored = {name: w for name, w in weights.items() if getattr(w, "format", "") == "int4"}
+        stored = {name: w for name, w in weights.items() if getattr(w, "format", "") == "int4g"}
         found = {w.shape: [] for w in stored.values()}
         for w in stored.values():
-            found[w.shape].append(formats.get("int4").unpack(w))
+            found[w.shape].append(formats.get("int4g").unpack(w))
         for layer in range(2):
             at = f"model.layers.{layer}."
             qkv = np.concatenate([meant[f"{at}self_attn.{n}_proj"] for n in "qkv"])

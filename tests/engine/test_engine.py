@@ -139,7 +139,7 @@ def test_random_schedules_on_two_threads_give_the_bits_of_one(
 
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="the native core is not built")
-@pytest.mark.parametrize("format", ["bf16", "f16", "int8", "int8:group=0", "int4", "int4:group=64,mins"])
+@pytest.mark.parametrize("format", ["bf16", "f16", "int8", "int8:group=0", "int4", "int4g:group=64,mins"])
 def test_every_format_gives_the_same_bits_with_any_threads(format: str) -> None:
     """The same requests in another schedule and with one thread more."""
     requests = [

@@ -173,7 +173,7 @@ def test_codes_are_kept_code_by_code(bits: int, group: int, mins: bool, format: 
     checkpoint = random_checkpoint()
     parts = [codes(n, 64, bits, group, mins, i) for i, n in enumerate((64, 32, 32))]
     checkpoint.weights |= dict(zip((Q, K, V), parts, strict=True))
-    choice = FormatChoice.parse(f"int{bits}") if format == "own" else FormatChoice()
+    choice = FormatChoice.parse("int8" if bits == 8 else "int4g") if format == "own" else FormatChoice()
     model = loaded(checkpoint, choice)
     fused = Codes(
         bits,
@@ -182,7 +182,7 @@ def test_codes_are_kept_code_by_code(bits: int, group: int, mins: bool, format: 
         np.concatenate([p.mins for p in parts]) if mins else None,
         group,
     )
-    expected = formats.get(f"int{bits}").pack(fused, group=group, mins=mins)
+    expected = formats.get("int8" if bits == 8 else "int4g").pack(fused, group=group, mins=mins)
     assert same(model.w["layers.0.attn.qkv"], expected)
     assert model.notes == ()
 
@@ -206,13 +206,13 @@ def test_dtype_is_for_plain_numbers_only() -> None:
     checkpoint = random_checkpoint(ml_dtypes.bfloat16)
     checkpoint.weights["model.layers.0.self_attn.o_proj.weight"] = codes(64, 64, 4, 32, False, 1)
     w = loaded(checkpoint, FormatChoice.parse("auto", "float32")).w
-    assert (w["layers.0.attn.out"].format, w["layers.1.attn.out"].format, w["embed"].format) == ("int4", "f32", "f32")
+    assert (w["layers.0.attn.out"].format, w["layers.1.attn.out"].format, w["embed"].format) == ("int4g", "f32", "f32")
     w = loaded(checkpoint, FormatChoice.parse("f16", "float32")).w
     assert (w["layers.0.attn.out"].format, w["embed"].format) == ("f16", "f16")
 
 
 def test_own_checkpoints_are_taken_as_they_are() -> None:
-    model = loaded(random_checkpoint(), FormatChoice.parse("int4:group=64,mins=1"))
+    model = loaded(random_checkpoint(), FormatChoice.parse("int4g:group=64,mins=1"))
     again = loaded(Memory(CONFIG, dict(model.w)))
     for name, w in model.w.items():
         assert again.w[name] is w or np.array_equal(again.w[name], w)
@@ -234,7 +234,7 @@ def test_auto_keeps_the_stored_type(dtype: Any, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["auto", "f32", "float16", "bf16", "int8", "int8:group=0", "int4", "int4:group=64,mins=1", "int4:group=128"]
+    "text", ["auto", "f32", "float16", "bf16", "int8", "int8:group=0", "int4", "int4g:group=64,mins=1", "int4g:group=128"]
 )
 def test_sizes_are_foretold_to_the_byte(text: str) -> None:
     checkpoint = random_checkpoint(ml_dtypes.bfloat16)
@@ -279,7 +279,7 @@ def test_context_and_backend_refusals() -> None:
 
 
 @pytest.mark.parametrize("backend", backends())
-@pytest.mark.parametrize("text", ["f16", "bf16", "int8", "int8:group=0", "int4", "int4:group=64,mins=1"])
+@pytest.mark.parametrize("text", ["f16", "bf16", "int8", "int8:group=0", "int4", "int4g:group=64,mins=1"])
 def test_other_formats_stay_close(text: str, backend: str) -> None:
     exact = loaded(random_checkpoint())
     ops = make_ops(backend)

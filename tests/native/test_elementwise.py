@@ -171,11 +171,11 @@ def plain_rows(p) -> np.ndarray:
     """Dequantised (n_out, n_in) float32, straight from the layout in ops/packed.py."""
     n, k = p.shape
     out, data = np.empty((n, k), np.float32), p.data.reshape(-1)
-    padded = data.size * (2 if p.format == "int4" else 1) // (-(-n // 16) * 16)
+    padded = data.size * (2 if p.format.startswith("int4") else 1) // (-(-n // 16) * 16)
     for r in range(n):
         nb, lane = divmod(r, 16)
         for c in range(k):
-            if p.format == "int4":
+            if p.format.startswith("int4"):
                 byte = int(data[nb * padded * 8 + c // 64 * 512 + c % 32 // 4 * 64 + lane * 4 + c % 4])
                 q = np.float32((byte & 15 if c % 64 < 32 else byte >> 4) - (8 if p.mins is None else 0))
             else:
@@ -184,6 +184,8 @@ def plain_rows(p) -> np.ndarray:
                 q = np.float32(q.view(ml_dtypes.bfloat16) if q.dtype == np.uint16 and p.format == "bf16" else q)
             if p.scales is not None:
                 g = c // p.group if p.group else 0
+                if p.factors is not None:
+                    q, g = q * np.float32(p.factors[nb, g, lane]), 0
                 q = np.float32(p.scales[nb, g, lane]) * q
                 q = q + np.float32(p.mins[nb, g, lane]) if p.mins is not None else q
             out[r, c] = q

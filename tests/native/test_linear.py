@@ -65,24 +65,40 @@ def test_integers_are_exact(ops, fmt, group, mins):
     w = rng.integers(-7, 8, (n, k)).astype(np.float32)
     if fmt == "int8":
         w[:, ::32] = 127
-    if fmt == "int4":
+    if fmt.startswith("int4"):
         w[:, ::32] = -8
         if mins:
             w[:, 1::32] = 7
+    if fmt == "int4":
+        w[:, :32] *= 15
+        w[:, 32:64] *= -4
     x = rng.integers(-127, 128, (9, k)).astype(np.float32)
     x[:, ::32] = 127
     packed, _ = pack(w, fmt, group, mins)
     assert np.array_equal(np.asarray(ops.linear(x, packed)), x @ w.T)
 
 
-@pytest.mark.parametrize("fmt", ["int8", "int4"])
+@pytest.mark.parametrize("fmt", ["int8", "int4g"])
 def test_extreme_codes_do_not_saturate(ops, fmt):
     k = 128
     w = np.full((16, k), 127.0 if fmt == "int8" else 15.0, np.float32)
     w[8:] *= -1 if fmt == "int8" else 1
     w[:, 0] = 127 if fmt == "int8" else 0
-    packed, _ = pack(w, fmt, 128 if fmt == "int4" else 0, fmt == "int4")
+    packed, _ = pack(w, fmt, 128 if fmt == "int4g" else 0, fmt == "int4g")
     for m in (1, 6):
+        for sign in (1, -1):
+            x = np.full((m, k), 127.0 * sign, np.float32)
+            assert np.array_equal(np.asarray(ops.linear(x, packed)), x @ w.T)
+
+
+def test_extreme_factors_do_not_saturate(ops):
+    """Codes of -8 with factors of 15 and -15 against activations of 127: the largest sums that occur, alone and over many k's."""
+    k = 4096
+    w = np.full((16, k), -120.0, np.float32)
+    w[:, 32:64] = 120
+    w[8:, 64:] *= -1
+    packed, _ = pack(w, "int4", 32)
+    for m in (1, 6, 40):
         for sign in (1, -1):
             x = np.full((m, k), 127.0 * sign, np.float32)
             assert np.array_equal(np.asarray(ops.linear(x, packed)), x @ w.T)

@@ -10,7 +10,8 @@ from paceline.core.errors import CheckpointError
 from paceline.ops import formats
 
 CASES = [("f32", 0, False), ("f16", 0, False), ("bf16", 0, False), ("int8", 0, False)]
-CASES += [("int8", g, False) for g in (32, 64, 128)] + [("int4", g, m) for g in (32, 64, 128) for m in (False, True)]
+CASES += [("int8", g, False) for g in (32, 64, 128)] + [("int4g", g, m) for g in (32, 64, 128) for m in (False, True)]
+CASES += [("int4", 32, False)]
 
 
 def same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
@@ -33,9 +34,10 @@ def test_same_bits_as_numpy(ops, fmt, group, mins, dtype):
         assert same(got.data, want.data), (n, k)
         assert same(got.scales, want.scales), (n, k)
         assert same(got.mins, want.mins), (n, k)
+        assert same(got.factors, want.factors), (n, k)
 
 
-@pytest.mark.parametrize("fmt", ["f32", "f16", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("fmt", ["f32", "f16", "bf16", "int8", "int4", "int4g"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_not_finite_is_refused(ops, fmt, bad):
     w = np.ones((20, 70), np.float32)
@@ -44,7 +46,7 @@ def test_not_finite_is_refused(ops, fmt, bad):
         ops.pack(w, fmt)
 
 
-@pytest.mark.parametrize("fmt", ["f16", "int8", "int4"])
+@pytest.mark.parametrize("fmt", ["f16", "int8", "int4g"])
 def test_beyond_the_range_is_refused(ops, fmt):
     with pytest.raises(CheckpointError):
         ops.pack(np.full((16, 64), 1e12, np.float32), fmt)

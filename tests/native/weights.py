@@ -10,7 +10,8 @@ from paceline.ops.packed import Packed
 FORMATS = (
     [("f32", 0, False), ("f16", 0, False), ("bf16", 0, False), ("int8", 0, False)]
     + [("int8", g, False) for g in (32, 64, 128)]
-    + [("int4", g, mins) for g in (32, 64, 128) for mins in (False, True)]
+    + [("int4g", g, mins) for g in (32, 64, 128) for mins in (False, True)]
+    + [("int4", 32, False)]
 )
 
 
@@ -52,6 +53,18 @@ def quantise(w: np.ndarray, bits: int, group: int, mins: bool) -> tuple[np.ndarr
     return np.where(s[..., None] == 0, 8, q).astype(np.uint8).reshape(n, k), s, None
 
 
+def factored(w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes (N, K), scales (N, 1) and factors (N, K / 32) of int4: any that are valid will do for the kernels."""
+    n, k = w.shape
+    g = w.reshape(n, -1, 32).astype(np.float32)
+    top = np.abs(g).max(2)
+    s = top.max(1, keepdims=True) / np.float32(120)
+    f = np.minimum(15, np.ceil(top / np.where(s == 0, 1, s) / 8)) * np.where(g[..., 0] < 0, 1, -1)
+    step = (s * f)[..., None]
+    q = np.clip(np.rint(g / np.where(step == 0, 1, step)) + 8, 0, 15)
+    return q.astype(np.uint8).reshape(n, k), s, f.astype(np.int8)
+
+
 def pack(w: np.ndarray, fmt: str, group: int = 0, mins: bool = False) -> tuple[Packed, dict[str, np.ndarray]]:
     """The packed matrix, and what it holds in plain order: codes, scales, mins or values."""
     n, k = w.shape
@@ -62,14 +75,22 @@ def pack(w: np.ndarray, fmt: str, group: int = 0, mins: bool = False) -> tuple[P
         v = pad(w, np_, up(k, 32)).astype(np.float16 if fmt == "f16" else ml_dtypes.bfloat16)
         return Packed(fmt, (n, k), lanes(v, 2)), {"values": v[:n, :k].astype(np.float32)}
     kp = up(k, max(64, group))
-    q, s, low = quantise(pad(w, np_, kp), 8 if fmt == "int8" else 4, group, mins)
-    data = lanes(q, 4)
+    factors = None
     if fmt == "int4":
+        q, s, factors = factored(pad(w, np_, kp))
+        low = None
+    else:
+        q, s, low = quantise(pad(w, np_, kp), 8 if fmt == "int8" else 4, group, mins)
+    data = lanes(q, 4)
+    if fmt != "int8":
         blocks = data.reshape(np_ // 16, kp // 64, 16, 16, 4)
         data = np.ascontiguousarray(blocks[:, :, :8] | blocks[:, :, 8:] << 4)
     tile = lambda a: np.ascontiguousarray(a.reshape(np_ // 16, 16, -1).transpose(0, 2, 1))  # noqa: E731
     plain = {"q": q[:n], "scales": s[:n]} | ({} if low is None else {"mins": low[:n]})
-    return Packed(fmt, (n, k), data, tile(s), None if low is None else tile(low), group), plain
+    if factors is None:
+        return Packed(fmt, (n, k), data, tile(s), None if low is None else tile(low), group), plain
+    plain["q"] = (q.astype(int) - 8)[:n] * np.repeat(factors, 32, axis=1)[:n]
+    return Packed(fmt, (n, k), data, tile(s), None, group, tile(factors)), plain
 
 
 def activations(x: np.ndarray, kp: int, group: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,10 +107,11 @@ def exact(x: np.ndarray, fmt: str, plain: dict[str, np.ndarray], group: int, bia
         xr = x.astype(ml_dtypes.bfloat16) if fmt == "bf16" else x
         y = xr.astype(np.float64) @ plain["values"].astype(np.float64).T
     else:
+        group = 0 if fmt == "int4" else group
         q = plain["q"].astype(np.float64)
         xq, xs = activations(x, q.shape[1], group)
         w = q.reshape(q.shape[0], -1, group or q.shape[1])
-        w = w - (8 if fmt == "int4" and "mins" not in plain else 0)
+        w = w - (8 if fmt == "int4g" and "mins" not in plain else 0)
         y = np.einsum(
             "mgk,ngk,mg,ng->mn",
             xq.astype(np.float64),

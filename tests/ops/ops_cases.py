@@ -11,7 +11,7 @@ from paceline.core.batch import Batch, GroupBatch
 from paceline.core.specs import KV, AttnSpec, KVGroup
 
 FORMATS = ["f32", "f16", "bf16", "int8:group=0", "int8:group=32", "int8:group=64", "int8:group=128"]
-FORMATS += [f"int4:group={g}{m}" for g in (32, 64, 128) for m in ("", ",mins")]
+FORMATS += [f"int4g:group={g}{m}" for g in (32, 64, 128) for m in ("", ",mins")]
 QUANTISED = [f for f in FORMATS if f.startswith("int")]
 
 

@@ -51,7 +51,7 @@ def value_at(p: Packed, n: int, k: int) -> np.float32:
     q, scale = np.float32(code_at(p, n, k)), np.float32(p.scales[n // 16, g, n % 16])
     if p.mins is not None:
         return scale * q + np.float32(p.mins[n // 16, g, n % 16])
-    return scale * (q - 8 if p.format == "int4" else q)
+    return scale * (q - 8 if p.format == "int4g" else q)
 
 
 # ---------------------------------------------------------------- registry and text form
@@ -60,7 +60,7 @@ def value_at(p: Packed, n: int, k: int) -> np.float32:
 def test_the_folder_is_the_registry():
     folder = Path(formats.__file__).parent
     files = {p.stem for p in folder.glob("*.py")} - {"__init__", "base"}
-    assert set(formats.names()) == {f for f in files if not f.startswith("_")} == {"f32", "f16", "bf16", "int8", "int4"}
+    assert set(formats.names()) == {f for f in files if not f.startswith("_")} == {"f32", "f16", "bf16", "int8", "int4", "int4g"}
     for name in formats.names():
         assert formats.get(name).name == name
 
@@ -72,9 +72,9 @@ def test_text_round_trip(text):
 
 
 def test_text_defaults_and_aliases():
-    assert formats.parse("int4") == formats.Spec("int4", 32, False)
-    assert formats.parse(" int4:mins ") == formats.Spec("int4", 32, True)
-    assert formats.parse("int4:group=64,mins=0") == formats.Spec("int4", 64, False)
+    assert formats.parse("int4g") == formats.Spec("int4g", 32, False)
+    assert formats.parse(" int4g:mins ") == formats.Spec("int4g", 32, True)
+    assert formats.parse("int4g:group=64,mins=0") == formats.Spec("int4g", 64, False)
     assert formats.parse("bfloat16") == formats.Spec("bf16")
     assert formats.parse("int8:group=0").group == 0
 
@@ -84,15 +84,15 @@ def test_text_defaults_and_aliases():
     [
         ("int5", "unknown"),
         ("", "unknown"),
-        ("int4:group=48", "32, 64 or 128"),
-        ("int4:group=0", "32, 64 or 128"),
+        ("int4g:group=48", "32, 64 or 128"),
+        ("int4g:group=0", "32, 64 or 128"),
         ("int8:mins", "mins"),
         ("bf16:group=32", "no groups"),
-        ("int4:grp=32", "grp=32"),
-        ("int4:group=x", "group=x"),
-        ("int4:group=-32", "group=-32"),
-        ("int4:mins=2", "mins=2"),
-        ("int4:group=" + "9" * 5000, "32, 64 or 128"),
+        ("int4g:grp=32", "grp=32"),
+        ("int4g:group=x", "group=x"),
+        ("int4g:group=-32", "group=-32"),
+        ("int4g:mins=2", "mins=2"),
+        ("int4g:group=" + "9" * 5000, "32, 64 or 128"),
     ],
 )
 def test_text_errors_name_the_value(text, said):
@@ -109,8 +109,8 @@ def test_text_errors_name_the_value(text, said):
         ("bf16", 16),
         ("int8:group=0", 8),
         ("int8:group=64", 8.25),
-        ("int4:group=128", 4.125),
-        ("int4:group=32,mins", 5),
+        ("int4g:group=128", 4.125),
+        ("int4g:group=32,mins", 5),
     ],
 )
 def test_bits(text, bits):
@@ -150,7 +150,7 @@ def test_padding_is_zero_bytes(text):
     if p.scales is not None:
         assert not p.scales[1, :, 1:].any()
         assert not p.scales[:, -(-k // (p.group or k)) :].any()
-        assert all(code_at(p, 0, at) == 0 for at in range(k, p.data.shape[1] * (64 if p.format == "int4" else 4)))
+        assert all(code_at(p, 0, at) == 0 for at in range(k, p.data.shape[1] * (64 if p.format == "int4g" else 4)))
 
 
 def test_f32_and_halves_round_to_nearest_even():
@@ -184,7 +184,7 @@ def test_many_chunks(text):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
-@pytest.mark.parametrize("text", ["f32", "bf16", "int8", "int4:group=32,mins"])
+@pytest.mark.parametrize("text", ["f32", "bf16", "int8", "int4g:group=32,mins"])
 def test_inputs_of_other_dtypes_and_strides(text, dtype):
     w, spec = weights((17, 65)).astype(dtype), formats.parse(text)
     expected = unpack(spec.pack(w.astype(np.float32)))
@@ -245,10 +245,10 @@ def test_error_bounds(text, shape, seed, exponent):
     p = spec.pack(w)
     c = formats.get(spec.name).codes(p)
     scales = np.repeat(np.abs(c.scales.astype(np.float64)), spec.group or shape[1], axis=1)[:, : shape[1]]
-    levels = {"int8": 127, "int4": 15}[spec.name]
+    levels = {"int8": 127, "int4g": 15}[spec.name]
     half = (
-        1.0 if (spec.name == "int4" and not spec.mins) else 0.5
-    )  # symmetric int4 has no +8: up to one step at the far end
+        1.0 if (spec.name == "int4g" and not spec.mins) else 0.5
+    )  # symmetric int4g has no +8: up to one step at the far end
     # scales and mins are float16: 11 significant bits, and steps of 2^-24 near zero
     slack = levels * np.maximum(scales * 2.0**-11, 2.0**-25) + np.maximum(np.abs(w) * 2.0**-10, 2.0**-24)
     assert (np.abs(unpack(p) - w) <= half * scales + slack).all()
@@ -260,7 +260,7 @@ def test_zero_and_tiny_groups():
         tiny = unpack(formats.parse(text).pack(np.full((3, 64), 1e-12, np.float32)))
         assert np.isfinite(tiny).all()
         assert np.abs(tiny).max() <= 2e-12
-    q = formats.get("int4").codes(formats.get("int4").pack(np.zeros((1, 32), np.float32))).q
+    q = formats.get("int4g").codes(formats.get("int4g").pack(np.zeros((1, 32), np.float32))).q
     assert (q == 8).all()
 
 
@@ -280,7 +280,7 @@ def random_codes(bits: int, group: int, mins: bool, shape: tuple[int, int] = (17
 )
 def test_codes_are_kept(bits, group, mins):
     c = random_codes(bits, group, mins, (17, 100))
-    fmt = formats.get(f"int{bits}")
+    fmt = formats.get("int8" if bits == 8 else "int4g")
     p = fmt.pack(c)
     back = fmt.codes(p)
     np.testing.assert_array_equal(back.q, c.q)
@@ -300,12 +300,12 @@ def test_codes_are_kept(bits, group, mins):
 
 def test_codes_in_another_format_are_dequantised_first():
     c = random_codes(4, 32, True)
-    values = unpack(formats.get("int4").pack(c))
+    values = unpack(formats.get("int4g").pack(c))
     np.testing.assert_array_equal(unpack(formats.get("f32").pack(c)), values)
     np.testing.assert_array_equal(
         formats.get("int8").pack(c, group=64).data, formats.get("int8").pack(values, group=64).data
     )
-    regrouped = formats.get("int4").pack(c, group=64)
+    regrouped = formats.get("int4g").pack(c, group=64)
     assert (regrouped.group, regrouped.mins) == (64, None)
 
 
@@ -322,7 +322,7 @@ def test_codes_in_another_format_are_dequantised_first():
 def test_bad_codes(change, said):
     c = random_codes(4, 32, False)
     with pytest.raises(CheckpointError, match=said):
-        formats.get("int4").pack(
+        formats.get("int4g").pack(
             Codes(**({f: getattr(c, f) for f in ("bits", "q", "scales", "mins", "group")} | change))
         )
     with pytest.raises(CheckpointError, match="-128"):
@@ -346,7 +346,7 @@ def test_values_beyond_the_format():
         formats.get("f16").pack(big)
     with pytest.raises(CheckpointError, match="bf16 or f32"):
         formats.get("bf16").pack(np.full((1, 64), 3.4e38, np.float32))
-    for text in ("int8:group=64", "int4:group=64", "int4:group=64,mins"):
+    for text in ("int8:group=64", "int4g:group=64", "int4g:group=64,mins"):
         with pytest.raises(CheckpointError, match="65504"):
             formats.parse(text).pack(np.linspace(-3e38, 3e38, 64, dtype=np.float32)[None])
     assert np.abs(unpack(formats.parse("int8:group=0").pack(big))).max() == pytest.approx(1e6)

@@ -68,7 +68,7 @@ def test_activations_are_rounded_as_documented():
     x, w = rand(3, 100), pack("bf16", 20, 100)
     rounded = x.astype(ml_dtypes.bfloat16).astype(np.float64) @ unpack(w).astype(np.float64).T
     np.testing.assert_allclose(OPS.linear(x, w), rounded, rtol=0, atol=1e-5)
-    for text in ("int8:group=64", "int4:group=64,mins", "int8:group=0"):
+    for text in ("int8:group=64", "int4g:group=64,mins", "int8:group=0"):
         w = pack(text, 20, 128)
         x = rand(3, 128)
         x[1, 64:], x[2] = 0, 0
@@ -200,7 +200,7 @@ def test_elementwise_rows_stand_alone(width):
 
 
 def test_embed_split_wanted():
-    table, spec = pack("int4:group=32", 50, 100), AttnSpec(1, 1, 4, 1.0)
+    table, spec = pack("int4g:group=32", 50, 100), AttnSpec(1, 1, 4, 1.0)
     batch = Paged(OPS, spec, [20]).batch([(0, 3, 7)])
     batch.tokens[:] = [49, 0, 17, 17]
     batch.want = np.array([0, 3], np.int32)

@@ -11,7 +11,7 @@ namespace paceline {
 enum class Dtype : int32_t { f32, f16, bf16, i8, u8, i32, i64, u64 };
 
 // The weight formats of src/paceline/ops/packed.py.
-enum class Format : int32_t { f32, f16, bf16, int8, int4 };
+enum class Format : int32_t { f32, f16, bf16, int8, int4, int4g };
 
 // A float32 activation matrix: row r starts at p + r * stride (a column range of a wider matrix after a split).
 struct Mat {
@@ -27,8 +27,9 @@ struct Weight {
   int64_t n_out, n_in;
   int64_t group;  // 0: per channel
   const void* data;
-  const void* scales;  // float16 (NB, G, 16); per channel float32 (NB, 1, 16); null for floats
+  const void* scales;  // float16 (NB, G, 16); int4 and per channel float32 (NB, 1, 16); null for floats
   const void* mins;    // float16 (NB, G, 16) or null
+  const int8_t* factors;  // (NB, G, 16) of int4, or null
 };
 
 // ---- one step (core/batch.py), prebuilt by begin() ----

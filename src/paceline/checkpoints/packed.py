@@ -23,7 +23,7 @@ from paceline.core.errors import CheckpointError
 from paceline.ops import formats
 from paceline.ops.packed import Codes, Packed
 
-VERSION = 1
+VERSION = 2
 TABLE = "paceline.json"
 ALIGN = 64  # bytes: a cache line and the widest vector
 MAX_SHARD = 4 << 30
@@ -39,7 +39,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-PARTS = ("data", "scales", "mins")
+PARTS = ("data", "scales", "mins", "factors")
 
 Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
 
@@ -98,7 +98,8 @@ class PackedCheckpoint:
         if entry["format"] is None:
             return arrays["data"]
         shape = (entry["shape"][0], entry["shape"][1])
-        return Packed(entry["format"], shape, arrays["data"], arrays.get("scales"), arrays.get("mins"), entry["group"])
+        rest = (arrays.get("scales"), arrays.get("mins"), entry["group"], arrays.get("factors"))
+        return Packed(entry["format"], shape, arrays["data"], *rest)
 
     def close(self) -> None:
         for file in self._files:

@@ -21,7 +21,7 @@ ENGINE: dict[str, tuple[Any, tuple[str, ...], str]] = {
     "format": (
         str,
         ("--format", "-f"),
-        "Matrices: auto, int8, int4, int4:group=64,mins, bf16, ... (see `list formats`).",
+        "Matrices: auto, int8, int4, int4g:group=64,mins, bf16, ... (see `list formats`).",
     ),
     "kv_dtype": (str, ("--kv-dtype",), "KV cache: auto, float32, float16, bfloat16."),
     "context": (

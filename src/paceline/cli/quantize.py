@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
         model: str = typer.Argument(..., help="Folder, .gguf file, hub name, or an embedded model."),
         out: Path = typer.Argument(..., help="The folder to write; it must not exist."),
         format: str = typer.Option(
-            "int4", "--format", "-f", help="int8, int8:group=0 (per channel), int4, int4:group=64,mins, ..."
+            "int4", "--format", "-f", help="int8, int8:group=0 (per channel), int4, int4g:group=64,mins, ..."
         ),
         overwrite: bool = typer.Option(False, "--overwrite", help="Replace an earlier quantised folder of ours."),
         offline: bool = typer.Option(None, "--offline/--online", help="Never contact the hub."),
@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Quantise a model's weights by rounding to nearest, and save them as the kernels read them.
 
-        Example: paceline quantize ./Llama-3.2-1B ./Llama-3.2-1B-int4 --format int4:group=64
+        Example: paceline quantize ./Llama-3.2-1B ./Llama-3.2-1B-int4 --format int4g:group=64
         """
         from paceline.quantize import quantize as work
 

@@ -34,7 +34,7 @@ class EngineConfig:
     """Everything a user may set, all optional. Text values are those of the command line."""
 
     dtype: str = "auto"  # of unquantised weights: auto (as stored), float32, float16, bfloat16
-    format: str = "auto"  # of matrices: auto, or a weight format such as int8, int4:group=64
+    format: str = "auto"  # of matrices: auto, or a weight format such as int8, int4g:group=64
     kv_dtype: str = "auto"
     context: int | None = None
     kv_memory: int | None = None  # bytes

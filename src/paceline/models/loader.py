@@ -40,7 +40,7 @@ class FormatChoice:
     """Which format each kind of parameter gets. None means as the checkpoint stores it.
 
     linear: the matrices of the layers. head: embedding and head; by default as `linear`, but int8 in groups of 32 where
-    that is int4 or int8, since they decide between tokens. Where both leave a matrix as it is, and it is stored as
+    that is quantised, since they decide between tokens. Where both leave a matrix as it is, and it is stored as
     plain numbers, it becomes `dtype`. Routers are float32 (they are small and decide between experts), position tables
     stay in floating point, vectors are float32. overrides: (regular expression of a parameter's name, format), of
     which the first match wins.
@@ -250,7 +250,7 @@ class _Part:
         """The format its codes are in; None for plain numbers."""
         if not isinstance(self.w, Codes):
             return None
-        return Spec(f"int{self.w.bits}", self.w.group, self.w.mins is not None)
+        return Spec("int8" if self.w.bits == 8 else "int4g", self.w.group, self.w.mins is not None)
 
     @property
     def finite(self) -> bool:

@@ -5,6 +5,7 @@ Activations outside programs are native buffers (np.asarray(x) is a view of one)
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,14 +17,14 @@ from paceline.core.batch import Batch, GroupBatch
 from paceline.core.errors import ConfigError
 from paceline.core.specs import AttnSpec
 from paceline.ops import Array, Experts, Rope, formats
-from paceline.ops.packed import LANES, Packed
+from paceline.ops.packed import Packed
 from paceline.ops.record import Recorder, Reg
 
 ISA_VARIABLE = "PACELINE_ISA"
 POOL_DTYPES = ("float32", "float16", "bfloat16")
 _EAGER_PROGRAMS = 512  # one-instruction programs kept; they hold their weights
-_FLOATS = {"f32": ("float32", 1), "f16": ("float16", 32), "bf16": ("bfloat16", 32)}  # dtype, what K is padded to
-_GROUPS = {"int8": (0, 32, 64, 128), "int4": (32, 64, 128)}
+_FLOATS = ("f32", "f16", "bf16")
+_GROUPS = {"int8": (0, 32, 64, 128), "int4": (32,), "int4g": (32, 64, 128)}
 
 
 def choose_isa(isa: str | None = None) -> str:
@@ -35,7 +36,7 @@ def choose_isa(isa: str | None = None) -> str:
     usable = [name for name, problem in known.items() if not problem]
     field, wanted = ("isa", isa) if isa else (ISA_VARIABLE, os.environ.get(ISA_VARIABLE))
     if not wanted:
-        return usable[-1]
+        return next(name for name in reversed(usable) if not name.endswith("_emulated"))  # those are for tests
     if wanted not in known:
         raise ConfigError(f"{field} = {wanted!r}: unknown; available here: {', '.join(usable)}")
     if known[wanted]:
@@ -89,10 +90,10 @@ class NativeOps:
             return form.pack(w, group, mins)  # which copies what is strided and says what is wrong
         group = form.default_group if group is None else group
         out = {k: self.empty(shape, str(dtype)) for k, (shape, dtype) in form.arrays(w.shape, group, mins).items()}
-        scales, mins_ = (_raw(out[name]) if name in out else None for name in ("scales", "mins"))
-        if self.device.pack(_raw(w), str(w.dtype), form.name, group, _raw(out["data"]), scales, mins_):
+        rest = [_raw(out[name]) if name in out else None for name in ("scales", "mins", "factors")]
+        if self.device.pack(_raw(w), str(w.dtype), form.name, group, _raw(out["data"]), *rest):
             return form.pack(w, group, mins)
-        return Packed(form.name, w.shape, out["data"], out.get("scales"), out.get("mins"), group)
+        return Packed(form.name, w.shape, out["data"], out.get("scales"), out.get("mins"), group, out.get("factors"))
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         """An uninitialised, aligned array (huge pages when large)."""
@@ -259,31 +260,26 @@ class NativeOps:
 def why_not(w: Packed) -> str | None:
     """Why the kernels cannot take `w` (see ops/packed.py for what they expect), or None."""
     if w.format in _FLOATS:
-        dtype, pad = _FLOATS[w.format]
-        if w.group or w.scales is not None or w.mins is not None:
-            return f"format {w.format}: takes neither group, scales nor mins"
-    elif w.format in _GROUPS:
-        dtype, pad = ("int8" if w.format == "int8" else "uint8"), max(64, w.group)
-        if w.group not in _GROUPS[w.format]:
-            return f"format {w.format}: group = {w.group}, kernels exist for {', '.join(map(str, _GROUPS[w.format]))}"
-        if w.mins is not None and w.format == "int8":
-            return "format int8: has no mins"
-    else:
+        if w.group or any(a is not None for a in (w.scales, w.mins, w.factors)):
+            return f"format {w.format}: takes neither group, scales, mins nor factors"
+    elif w.format not in _GROUPS:
         return f"format = {w.format!r}: kernels exist for {', '.join([*_FLOATS, *_GROUPS])}"
-    if min(w.shape) < 1:
-        return f"shape = {w.shape}: empty"
-    n_blocks = -(-w.shape[0] // LANES)
-    k = w.shape[1] if w.format == "f32" else -(-w.shape[1] // pad) * pad
-    size = n_blocks * LANES * k // (2 if w.format == "int4" else 1)
-    if w.data.size != size or str(w.data.dtype) not in (dtype, "uint16" if dtype.endswith("16") else dtype):
-        return f"data: {w.data.size} {w.data.dtype}, needs {size} {dtype}"
-    n_scales = n_blocks * LANES * (k // w.group if w.group else 1)
-    for name, a, needed in (("scales", w.scales, w.format in _GROUPS), ("mins", w.mins, False)):
-        wanted = "float16" if w.group else "float32"
-        if (a is None and needed) or (a is not None and (a.size != n_scales or str(a.dtype) != wanted)):
-            return f"{name}: {'none' if a is None else f'{a.size} {a.dtype}'}, needs {n_scales} {wanted}"
-    if not all(a.flags.c_contiguous for a in (w.data, w.scales, w.mins) if a is not None):
-        return "data, scales and mins must be contiguous"
+    elif w.group not in _GROUPS[w.format]:
+        return f"format {w.format}: group = {w.group}, kernels exist for {', '.join(map(str, _GROUPS[w.format]))}"
+    if problem := formats.get(w.format).why_not(w.shape, w.group, w.mins is not None):
+        return problem
+    wanted = formats.spec(w).arrays(w.shape)
+    for name, a in (("data", w.data), ("scales", w.scales), ("mins", w.mins), ("factors", w.factors)):
+        if name not in wanted:
+            if a is not None:
+                return f"format {w.format}: has no {name}"
+            continue
+        shape, dtype = wanted[name]
+        size, kinds = math.prod(shape), {str(dtype), "uint16" if dtype.itemsize == 2 and name == "data" else str(dtype)}
+        if a is None or a.size != size or str(a.dtype) not in kinds:
+            return f"{name}: {'none' if a is None else f'{a.size} {a.dtype}'}, needs {size} {dtype}"
+        if not a.flags.c_contiguous:
+            return f"{name}: must be contiguous"
     return None
 
 
@@ -292,8 +288,8 @@ def bind_weight(w: Packed) -> _native.Weight:
     problem = why_not(w)
     if problem:
         raise ConfigError(f"native weight of shape {w.shape}: {problem}")
-    scales, mins = (None if a is None else _raw(a) for a in (w.scales, w.mins))
-    return _native.Weight(w.format, *w.shape, w.group, _raw(w.data), scales, mins)
+    rest = [None if a is None else _raw(a) for a in (w.scales, w.mins, w.factors)]
+    return _native.Weight(w.format, *w.shape, w.group, _raw(w.data), *rest)
 
 
 def _lower(args: tuple[Any, ...]) -> tuple[Any, ...]:

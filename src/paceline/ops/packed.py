@@ -8,15 +8,16 @@ alone, whatever the batch:
     f16, bf16  data (NB, K/2,  16, 2)     float16 / bfloat16, K padded to a multiple of 32
     int8       data (NB, K/4,  16, 4)     int8, K padded to a multiple of 64 (and of the group)
     int4       data (NB, K/64, 8, 16, 4)  uint8: in each block of 64 k's, byte (r, n, j) holds code k = 4r+j in its low and
-                                          code k = 32+4r+j in its high nibble; K padded as for int8
+    int4g                                 code k = 32+4r+j in its high nibble; K padded as for int8
 
 All padding (outputs, k's and whole groups of them) is zero bytes in every array.
 
-Quantised values: int8 is `scale * q`, q in [-127, 127]; int4 is `scale * (q - 8)` without mins and `scale * q + min` with,
+Quantised values: int8 is `scale * q`, q in [-127, 127]; int4g is `scale * (q - 8)` without mins and `scale * q + min` with,
 q in [0, 15]. Scales (and mins) are float16 (NB, G, 16) with one group per `group` k's; per channel (group 0, int8 only)
-scales are float32 (NB, 1, 16).
+scales are float32 (NB, 1, 16). int4 is `scale * factor * (q - 8)`: float32 scales (NB, 1, 16) per output, factors int8 (NB, G, 16)
+in [-15, 15] per group of 32.
 
-A linear with quantised weights quantises its activations too: per row and group of k's (per row when group is 0) symmetric
+A linear with quantised weights quantises its activations too: per row and group of k's (per row when group is 0, and for int4) symmetric
 int8, scale = max|x| / 127 (1 where the maximum is 0), q = round-half-even(x / scale); products are summed exactly in int32 per group,
 then scaled and summed in float32 in the order of the groups. f16 weights multiply float32 activations; bf16 weights multiply
 activations rounded to bfloat16 (nearest even); both sum in float32.
@@ -41,10 +42,11 @@ class Packed:
     scales: np.ndarray | None = None
     mins: np.ndarray | None = None
     group: int = 0
+    factors: np.ndarray | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in (self.data, self.scales, self.mins) if a is not None)
+        return sum(a.nbytes for a in (self.data, self.scales, self.mins, self.factors) if a is not None)
 
 
 @dataclass(frozen=True)

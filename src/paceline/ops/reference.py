@@ -407,8 +407,8 @@ def _pieces(w: Packed) -> Iterator[Packed]:
     for lo in range(0, n_blocks, step):
         at = slice(lo, lo + step)
         n_out = min(w.shape[0] - lo * LANES, step * LANES)
-        scales, mins = (None if a is None else a[at] for a in (w.scales, w.mins))
-        yield Packed(w.format, (n_out, w.shape[1]), w.data[at], scales, mins, w.group)
+        scales, mins, factors = (None if a is None else a[at] for a in (w.scales, w.mins, w.factors))
+        yield Packed(w.format, (n_out, w.shape[1]), w.data[at], scales, mins, w.group, factors)
 
 
 def _run(index: np.ndarray) -> np.ndarray | slice:

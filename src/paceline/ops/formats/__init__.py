@@ -1,6 +1,6 @@
-"""Weight formats, one file each; the file name registers it. `get("int4").pack(w, group=64)` gives a `Packed`.
+"""Weight formats, one file each; the file name registers it. `get("int8").pack(w, group=64)` gives a `Packed`.
 
-A format with its options has one text form everywhere: "bf16", "int8:group=64", "int4:group=32,mins".
+A format with its options has one text form everywhere: "bf16", "int8:group=64", "int4g:group=32,mins".
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def parse(text: str) -> Spec:
     name, _, rest = text.strip().partition(":")
     name = ALIASES.get(name, name)
     if name not in names():
-        raise ConfigError(f"format = {text!r}: {name!r} is unknown; use {', '.join(names())}, as in int4:group=32,mins")
+        raise ConfigError(f"format = {text!r}: {name!r} is unknown; use {', '.join(names())}, as in int4g:group=32,mins")
     fmt = get(name)
     group, mins = fmt.default_group, False
     for option in filter(None, rest.split(",")):
@@ -110,4 +110,6 @@ def nbytes(p: Packed) -> int:
 def placeholder(form: Spec, shape: tuple[int, int]) -> Packed:
     """A matrix without data, for counting (ops/count.py). Raises CheckpointError where the format refuses the shape."""
     empty = {name: np.empty(0, dtype) for name, (_, dtype) in form.arrays(shape).items()}
-    return Packed(form.name, shape, empty["data"], empty.get("scales"), empty.get("mins"), form.group)
+    return Packed(
+        form.name, shape, empty["data"], empty.get("scales"), empty.get("mins"), form.group, empty.get("factors")
+    )

@@ -1,4 +1,4 @@
-"""Formats of integer codes with scales: int8, int4. Rounding to nearest, in float32 throughout.
+"""Formats of integer codes with scales: int8, int4g. Rounding to nearest, in float32 throughout.
 
 A native quantiser must give the same bits, so the arithmetic of each format's `quantise` is normative: divisions are
 true float32 divisions by the *stored* scale (a zero scale divides as infinity: the quotient is zero), rounding is half
@@ -48,7 +48,7 @@ class Quantised:
         if group is not None and group not in self.groups:
             return f"group = {group}: must be {', '.join(map(str, self.groups[:-1]))} or {self.groups[-1]}"
         if mins and not self.with_mins:
-            return "mins: its codes are symmetric; leave mins out or use int4"
+            return "mins: its codes are symmetric; leave mins out or use int4g"
         return base.no_room(shape)
 
     def bits(self, group: int | None = None, mins: bool = False) -> float:

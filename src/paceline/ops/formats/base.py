@@ -16,7 +16,7 @@ from paceline.core.errors import CheckpointError
 from paceline.ops.packed import LANES, Codes, Packed
 
 Arrays = dict[str, tuple[tuple[int, ...], np.dtype]]
-"""By field of `Packed` (data, scales, mins): shape and dtype."""
+"""By field of `Packed` (data, scales, mins, factors): shape and dtype."""
 
 ALIGN = 64  # bytes: a cache line and the widest vector
 _CHUNK = 1 << 19  # elements converted and quantised at a time: stays in the second-level cache
@@ -27,7 +27,7 @@ class Format(Protocol):
 
     group: input elements that share a scale, 0 for one scale per output, None for `default_group`; float formats take 0
     or None.
-    mins: int4 only, store a minimum beside each scale.
+    mins: int4g only, store a minimum beside each scale.
     """
 
     @property
