@@ -17,9 +17,8 @@ namespace PL_ISA {
 namespace {
 
 void run_vector(const Ctx& c, Job& j) {
-  const int64_t work = j.block * max_of<int64_t>(1, j.n_rows / 4);
-  const int64_t strip = round_up(ceil_div(kTaskBytes, work), 4);
-  parallel(c, ceil_div(j.n_blocks, strip), [&](int64_t t, int) { vector_strip(j, t * strip, min_of(j.n_blocks, (t + 1) * strip)); });
+  const int64_t n = even_tasks(c, j.n_blocks, j.block * max_of<int64_t>(1, j.n_rows / 4));
+  parallel(c, n, [&](int64_t t, int) { vector_strip(j, j.n_blocks * t / n, j.n_blocks * (t + 1) / n); });
 }
 
 void linear(const Ctx& c, const LinearArgs& a) {

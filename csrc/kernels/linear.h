@@ -7,7 +7,8 @@ namespace PL_ISA {
 namespace {
 
 // ---- blocking, in one place ----
-constexpr int64_t kTaskBytes = 128 << 10;   // weight bytes that make a task worth waking a thread for (about 10 us)
+constexpr int64_t kTaskBytes = 256 << 10;   // weight bytes of a task: about 15 us
+constexpr int64_t kWakeBytes = 16 << 10;    // weight bytes worth waking a thread for: about 1 us
 constexpr int64_t kPrefetch = 2048;         // bytes ahead in each block's weight stream
 constexpr int64_t kVnniRows = 4;            // int8, int4 on AMX machines: up to this many rows the vector kernels are faster
 constexpr int64_t kVnniRows32 = 16;         // the same for int4g in groups of 32, where folding the groups outweighs the tiles
@@ -25,6 +26,13 @@ PL_INLINE int64_t padded_k(const Weight& w) {
   if (w.format == Format::f32) return w.n_in;
   if (is_float(w.format)) return round_up(w.n_in, 32);
   return round_up(w.n_in, w.group > 64 ? w.group : 64);
+}
+
+// How many equal tasks n pieces of `bytes` each make: one where they are not worth waking a thread, else as many for each thread.
+PL_INLINE int64_t even_tasks(const Ctx& c, int64_t n, int64_t bytes) {
+  const int64_t threads = pool_size(c.pool), total = n * bytes;
+  if (total < 2 * kWakeBytes || n < threads) return 1;
+  return min_of(n, round_up(ceil_div(total, kTaskBytes), threads));
 }
 
 // Bytes of one block of 16 outputs.

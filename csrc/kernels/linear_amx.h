@@ -329,7 +329,7 @@ inline Plan amx_plan(const Ctx& c, const Job& j) {
   p.panel = few ? j.n_rows : kPanelRows;
   p.n_panels = ceil_div(j.n_rows, p.panel);
   const int64_t share = ceil_div(j.n_blocks * p.n_panels, kTasksPerThread * pool_size(c.pool));
-  p.strip = few ? round_up(ceil_div(kTaskBytes, j.block), 4) : round_up(min_of(kMaxStrip, max_of<int64_t>(2, share)), 2);
+  p.strip = few ? round_up(ceil_div(j.n_blocks, even_tasks(c, j.n_blocks, j.block)), 2) : round_up(min_of(kMaxStrip, max_of<int64_t>(2, share)), 2);
   p.strip = min_of(p.strip, round_up(j.n_blocks, 2));
   p.n_strips = ceil_div(j.n_blocks, p.strip);
   const int64_t n_pairs = p.chunk == p.n_tiles ? 1 : round_up(p.strip, 2) / 2, row_pairs = ceil_div(min_of(p.panel, j.n_rows), 32);

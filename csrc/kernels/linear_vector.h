@@ -14,7 +14,11 @@ constexpr int kMaxRows = 2;
 constexpr int wide(int mr) { return mr == 1 ? 2 : 1; }
 #endif
 
-PL_INLINE void ahead(const uint8_t* p) { __builtin_prefetch(p + kPrefetch, 0, 3); }
+// What a block's stream will need next, from `offset` on: near its end that is the beginning of the block that takes its place.
+template <int NB> PL_INLINE int64_t ahead_of(const Job& j, int64_t offset) {
+  return offset + kPrefetch < j.block ? kPrefetch : kPrefetch + (NB - 1) * j.block;
+}
+PL_INLINE void ahead(const uint8_t* p) { __builtin_prefetch(p, 0, 3); }
 
 // Two consecutive k's of 16 outputs from 64 bytes of 16-bit floats.
 struct Pair { V even, odd; };
@@ -52,10 +56,11 @@ template <Format F, int MR, int NB> void float_rows(const Job& j, int64_t row, i
   if (F == Format::bf16) {
     const uint8_t* x[MR];
     for (int r = 0; r < MR; ++r) x[r] = j.a.row(row + r);
-    for (int64_t k = 0; k < j.k; k += 2)
+    for (int64_t k = 0; k < j.k; k += 2) {
+      const int64_t next = ahead_of<NB>(j, k * 32);
       for (int b = 0; b < NB; ++b) {
         const uint8_t* p = w + b * j.block + k * 32;
-        ahead(p);
+        ahead(p + next);
         const __m512bh wv = reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
         for (int r = 0; r < MR; ++r) {
           int32_t pair;
@@ -63,6 +68,7 @@ template <Format F, int MR, int NB> void float_rows(const Job& j, int64_t row, i
           acc[r][b].v = _mm512_dpbf16_ps(acc[r][b].v, wv, reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)));
         }
       }
+    }
     for (int r = 0; r < MR; ++r)
       for (int b = 0; b < NB; ++b) store_block(j, row + r, block + b, acc[r][b]);
     return;
@@ -70,24 +76,28 @@ template <Format F, int MR, int NB> void float_rows(const Job& j, int64_t row, i
 #endif
   const float* x = j.a.x + row * j.a.ldx;
   if (F == Format::f32) {
-    for (int64_t k = 0; k < j.k; ++k)
+    for (int64_t k = 0; k < j.k; ++k) {
+      const int64_t next = ahead_of<NB>(j, k * 64);
       for (int b = 0; b < NB; ++b) {
         const uint8_t* p = w + b * j.block + k * 64;
-        ahead(p);
+        ahead(p + next);
         const V wv = vload(reinterpret_cast<const float*>(p));
         for (int r = 0; r < MR; ++r) acc[r][b] = vfma(vset(x[r * j.a.ldx + k]), wv, acc[r][b]);
       }
+    }
   } else {
-    for (int64_t k = 0; k < j.k; k += 2)
+    for (int64_t k = 0; k < j.k; k += 2) {
+      const int64_t next = ahead_of<NB>(j, k * 32);
       for (int b = 0; b < NB; ++b) {
         const uint8_t* p = w + b * j.block + k * 32;
-        ahead(p);
+        ahead(p + next);
         const Pair wv = load_pair<F>(p);
         for (int r = 0; r < MR; ++r) {
           acc[r][b] = vfma(vset(x[r * j.a.ldx + k]), wv.even, acc[r][b]);
           acc[r][b] = vfma(vset(x[r * j.a.ldx + k + 1]), wv.odd, acc[r][b]);
         }
       }
+    }
   }
   for (int r = 0; r < MR; ++r)
     for (int b = 0; b < NB; ++b) store_block(j, row + r, block + b, acc[r][b]);
@@ -127,13 +137,15 @@ template <int MR, int NB> void int8_rows(const Job& j, int64_t row, int64_t bloc
   for (int64_t g = 0; g < j.n_groups; ++g) {
     I dot[MR][NB];
     start_group(j, row, g, dot);
-    for (int64_t k = g * size; k < (g + 1) * size; k += 4)
+    for (int64_t k = g * size; k < (g + 1) * size; k += 4) {
+      const int64_t next = ahead_of<NB>(j, k * 16);
       for (int b = 0; b < NB; ++b) {
         const uint8_t* p = w + b * j.block + k * 16;
-        ahead(p);
+        ahead(p + next);
         const I wv = weight8(iload(p));
         for (int r = 0; r < MR; ++r) dot[r][b] = dot8(dot[r][b], wv, four_codes(x[r] + k / 64 * (j.a.mr * 64) + k % 64));
       }
+    }
     fold_group<false>(j, row, block, g, dot, acc);
   }
   for (int r = 0; r < MR; ++r)
@@ -143,10 +155,11 @@ template <int MR, int NB> void int8_rows(const Job& j, int64_t row, int64_t bloc
 // Adds the products of one block of 64 k's: the low nibbles (k 0..31), the high ones (32..63), or both.
 template <bool kLow, bool kHigh, int MR, int NB>
 PL_INLINE void int4_block(const Job& j, const uint8_t* w, const uint8_t* const (&x)[MR], int64_t kb, I (&dot)[MR][NB]) {
+  const int64_t next = ahead_of<NB>(j, kb * 512);
   for (int i = 0; i < 8; ++i)
     for (int b = 0; b < NB; ++b) {
       const uint8_t* p = w + b * j.block + kb * 512 + i * 64;
-      if (kLow) ahead(p);
+      if (kLow) ahead(p + next);
       const I wv = iload(p);
       for (int r = 0; r < MR; ++r) {
         const uint8_t* q = x[r] + kb * (j.a.mr * 64) + i * 4;
@@ -182,13 +195,14 @@ template <bool kMins, int MR, int NB> void int4g_rows(const Job& j, int64_t row,
 template <bool kHigh, int MR, int NB>
 PL_INLINE void factored_group(const Job& j, int64_t row, const uint8_t* w, const int8_t* factors, const uint8_t* const (&x)[MR], int64_t kb, I (&sum)[MR][NB]) {
   const int64_t g = 2 * kb + kHigh;
+  const int64_t next = ahead_of<NB>(j, kb * 512);
   I dot[MR][NB];
   start_group(j, row, g, dot);
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i)
     for (int b = 0; b < NB; ++b) {
       const uint8_t* p = w + b * j.block + kb * 512 + i * 64;
-      if (!kHigh) ahead(p);
+      if (!kHigh) ahead(p + next);
       const I codes = kHigh ? high_nibbles(iload(p)) : low_nibbles(iload(p));
       for (int r = 0; r < MR; ++r) dot[r][b] = dot4_short(dot[r][b], codes, four_codes(x[r] + kb * (j.a.mr * 64) + kHigh * 32 + i * 4));
     }
@@ -231,6 +245,7 @@ template <int MR, int NB> PL_INLINE void rows_of(const Job& j, int64_t row, int6
 template <int MR> void some_rows(const Job& j, int64_t row, int64_t first, int64_t last) {
   int64_t b = first;
   for (; b + wide(MR) <= last; b += wide(MR)) rows_of<MR, wide(MR)>(j, row, b);
+  if (wide(MR) > 2 && b + 2 <= last) rows_of<MR, 2>(j, row, b), b += 2;
   for (; b < last; ++b) rows_of<MR, 1>(j, row, b);
 }
 
