@@ -57,6 +57,21 @@ void linear(BoundProgram& p, Ref out, Ref x, const nb::object& weight, const May
   p.add(name, out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), w, b}); });
 }
 
+// linear with what surrounds it (ops/record.py fuses): out = add + (before(x) W^T + bias). `add` equal to x: nothing is added.
+void fused_linear(BoundProgram& p, Ref out, Ref x, Ref add, const nb::object& weight, const MaybeVector& bias, bool adds, const MaybeVector& norm,
+                  float eps, float offset, const std::optional<std::string>& gate) {
+  const Weight w = p.keep(weight);
+  need(out.cols == w.n_out && (!adds || add.cols == w.n_out) && !(norm && gate), "fused_linear: columns differ, or both a norm and a gate");
+  need(x.cols == w.n_in * (gate ? 2 : 1), "fused_linear: x has other columns than the weight");
+  const float* b = bias ? p.keep(*bias, w.n_out, "bias") : nullptr;
+  Before before;
+  if (norm) before = {Before::Op::rms_norm, p.keep(*norm, w.n_in, "weight"), eps, offset, Act::silu};
+  if (gate) before = {Before::Op::gated, nullptr, 0, 0, act_named(*gate)};
+  const auto kernel = p.need(p.device->kernels.linear, "linear");
+  const std::string name = "linear " + std::to_string(w.n_out) + "x" + std::to_string(w.n_in) + " " + nb::cast<const BoundWeight&>(weight).format;
+  p.add(name, out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), w, b, adds ? f.mat(add) : Mat{}, before}); });
+}
+
 void embed(BoundProgram& p, Ref out, const nb::object& table, bool by_position) {
   const Weight w = p.keep(table);
   need(out.cols == w.n_in, "embed: the table has other columns than the result");
@@ -322,6 +337,8 @@ void bind_program(nb::module_& m) {
       .def("__init__", &init_program, arg("device"), arg("width"), arg("in_cols"), arg("outs"))
       .def("run", &run, arg("step").none(), arg("inputs"))
       .def("linear", &linear, arg(), arg(), arg(), arg().noconvert().none())
+      .def("fused_linear", &fused_linear, arg(), arg(), arg(), arg(), arg().noconvert().none(), arg("adds"), arg("norm").noconvert().none(),
+           arg("eps"), arg("offset"), arg("gate").none())
       .def("embed", &embed)
       .def("rms_norm", &rms_norm, arg(), arg(), arg().noconvert(), arg(), arg())
       .def("layer_norm", &layer_norm, arg(), arg(), arg().noconvert(), arg().noconvert().none(), arg())

@@ -10,7 +10,7 @@
 //
 // A row's sums run over four vectors of sixteen lanes in the order of its columns, whatever the other rows; out-of-range ids and
 // positions (the caller refuses them) give NaN rows rather than reads outside the table.
-#include "paceline/math.h"
+#include "rows.h"
 
 namespace paceline {
 namespace PL_ISA {
@@ -24,28 +24,6 @@ template <class F> PL_INLINE void each_row(const Ctx& c, int64_t n_rows, int64_t
     for (int64_t r = task * step; r < min_of(n_rows, (task + 1) * step); ++r) f(r);
   });
 }
-
-// f(vectors) on every lane of a row; partial vectors see zeros.
-template <class F> PL_INLINE void map(const float* x, float* out, int64_t n, F f) {
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) vstore(out + i, f(vload(x + i), i));
-  if (i < n) vstore(out + i, f(vload(x + i, n - i), i), n - i);
-}
-
-PL_INLINE V load_to(const float* p, int64_t i, int64_t n) { return n - i >= 16 ? vload(p + i) : vload(p + i, n - i); }
-
-// Sum of f(x) over a row; f(0) must be 0 or `i` and `n` used to exclude what lies beyond.
-template <class F> PL_INLINE float reduce(const float* x, int64_t n, F f) {
-  V s[4] = {vzero(), vzero(), vzero(), vzero()};
-  int64_t i = 0;
-  for (; i + 64 <= n; i += 64)
-#pragma GCC unroll 4
-    for (int u = 0; u < 4; ++u) s[u] = f(vload(x + i + 16 * u), s[u]);
-  for (int u = 0; i < n; i += 16, ++u) s[u] = f(load_to(x, i, n), s[u]);
-  return vsum(vadd(vadd(s[0], s[1]), vadd(s[2], s[3])));
-}
-
-PL_INLINE float inverse_root(float x) { return 1.0f / __builtin_sqrtf(x); }
 
 // ---- gathers ----
 
@@ -104,14 +82,8 @@ void gather(const Ctx& c, const GatherArgs& a) {
 // ---- norms and rotation ----
 
 void rms_norm(const Ctx& c, const RmsNormArgs& a) {
-  const V offset = vset(a.offset);
   each_row(c, c.n_rows, a.x.cols, [&](int64_t r) {
-    for (int64_t at = 0; at < a.x.cols; at += a.n) {
-      const float* x = a.x.row(r) + at;
-      const float mean = reduce(x, a.n, [](V v, V s) { return vfma(v, v, s); }) / static_cast<float>(a.n);
-      const V inverse = vset(inverse_root(mean + a.eps));
-      map(x, a.out.row(r) + at, a.n, [&](V v, int64_t i) { return vmul(vmul(v, inverse), vadd(offset, load_to(a.weight, i, a.n))); });
-    }
+    for (int64_t at = 0; at < a.x.cols; at += a.n) rms_norm_run(a.x.row(r) + at, a.out.row(r) + at, a.weight, a.n, a.eps, a.offset);
   });
 }
 
@@ -166,15 +138,6 @@ void rope(const Ctx& c, const RopeArgs& a) {
 
 // ---- lane by lane ----
 
-template <class F> PL_INLINE void with_act(Act kind, F f) {
-  switch (kind) {
-    case Act::silu: return f([](V x) { return vsilu(x); });
-    case Act::gelu: return f([](V x) { return vgelu(x); });
-    case Act::gelu_tanh: return f([](V x) { return vgelu_tanh(x); });
-    case Act::relu: return f([](V x) { return vrelu(x); });
-  }
-}
-
 void act(const Ctx& c, const ActArgs& a) {
   with_act(a.kind, [&](auto g) {
     each_row(c, c.n_rows, 4 * a.x.cols, [&](int64_t r) { map(a.x.row(r), a.out.row(r), a.out.cols, [&](V x, int64_t) { return g(x); }); });
@@ -183,12 +146,7 @@ void act(const Ctx& c, const ActArgs& a) {
 
 void gated(const Ctx& c, const GatedArgs& a) {
   const int64_t n = a.out.cols;
-  with_act(a.kind, [&](auto g) {
-    each_row(c, c.n_rows, 4 * n, [&](int64_t r) {
-      const float* up = a.x.row(r) + n;
-      map(a.x.row(r), a.out.row(r), n, [&](V x, int64_t i) { return vmul(g(x), load_to(up, i, n)); });
-    });
-  });
+  each_row(c, c.n_rows, 4 * n, [&](int64_t r) { gated_row(a.x.row(r), a.out.row(r), n, a.kind); });
 }
 
 void add(const Ctx& c, const AddArgs& a) {

@@ -23,7 +23,7 @@ void run_vector(const Ctx& c, Job& j) {
 
 void linear(const Ctx& c, const LinearArgs& a) {
   Job j = {};
-  j.w = a.w, j.out = a.out, j.bias = a.bias;
+  j.w = a.w, j.out = a.out, j.add = a.add, j.bias = a.bias;
   j.n_rows = c.n_rows, j.k = padded_k(a.w), j.block = block_bytes(a.w), j.n_blocks = ceil_div(a.w.n_out, 16);
   j.n_groups = a.w.group ? j.k / a.w.group : 1;
   const bool codes = !is_float(a.w.format);

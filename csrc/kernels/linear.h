@@ -62,7 +62,7 @@ struct Rows {
 
 struct Job {
   Weight w;
-  Mat out;
+  Mat out, add;
   const float* bias;
   Rows a;
   int64_t n_rows, k, block;  // padded k, bytes of a block
@@ -216,9 +216,13 @@ PL_INLINE void store_block(const Job& j, int64_t row, int64_t block, V y) {
   const int64_t n = block * 16, left = j.w.n_out - n;
   float* out = j.out.row(row) + n;
   if (left >= 16) {
-    vstore(out, j.bias ? vadd(y, vload(j.bias + n)) : y);
+    if (j.bias) y = vadd(y, vload(j.bias + n));
+    if (j.add.p) y = vadd(vload(j.add.row(row) + n), y);
+    vstore(out, y);
   } else {
-    vstore(out, j.bias ? vadd(y, vload(j.bias + n, left)) : y, left);
+    if (j.bias) y = vadd(y, vload(j.bias + n, left));
+    if (j.add.p) y = vadd(vload(j.add.row(row) + n, left), y);
+    vstore(out, y, left);
   }
 }
 

@@ -1,6 +1,7 @@
 // Activations into the order, precision and codes the kernels read: once per call, rows in parallel.
 #pragma once
 #include "linear.h"
+#include "rows.h"
 
 namespace paceline {
 namespace PL_ISA {
@@ -89,11 +90,19 @@ inline void copy_row(const float* x, int64_t n, int64_t k, bool round, float* to
   }
 }
 
-// f(row) for every row, in tasks of some 64 Ki values.
-template <class F> PL_INLINE void each_piece(const Ctx& c, int64_t n_rows, int64_t k, F f) {
-  const int64_t per_task = max_of<int64_t>(1, (1 << 16) / max_of<int64_t>(k, 1));
-  parallel(c, ceil_div(n_rows, per_task), [&](int64_t t, int) {
-    for (int64_t r = t * per_task; r < min_of(n_rows, (t + 1) * per_task); ++r) f(r);
+// f(row r, its n values) for every row as it comes into the product, in equal tasks.
+template <class F> PL_INLINE void each_input(const Ctx& c, const LinearArgs& a, F f) {
+  const int64_t n = a.w.n_in, wide = round_up(n, 16) + 16, tasks = even_tasks(c, c.n_rows, n * 8);
+  const Before& before = a.before;
+  float* buffers = before.op == Before::Op::none ? nullptr : take<float>(c, wide * pool_size(c.pool));
+  parallel(c, tasks, [&](int64_t t, int thread) {
+    float* own = buffers + thread * wide;
+    for (int64_t r = c.n_rows * t / tasks; r < c.n_rows * (t + 1) / tasks; ++r) {
+      const float* x = a.x.row(r);
+      if (before.op == Before::Op::rms_norm) rms_norm_run(x, own, before.weight, n, before.eps, before.offset);
+      if (before.op == Before::Op::gated) gated_row(x, own, n, before.kind);
+      f(r, before.op == Before::Op::none ? x : own);
+    }
   });
 }
 
@@ -106,10 +115,11 @@ PL_INLINE Coding8 coding_of(const Weight& w, bool for_tiles) {
 // Rows as floats, padded to k and rounded when the weights are bfloat16.
 inline Rows prepare_floats(const Ctx& c, const LinearArgs& a, int64_t k) {
   Rows rows = {a.x.p, a.x.stride, nullptr, 1, 0, 0, 0, nullptr, nullptr, nullptr};
-  if (a.w.format == Format::f32) return rows;
-  float* to = take<float>(c, c.n_rows * k);
-  rows.x = to, rows.ldx = k;
-  each_piece(c, c.n_rows, k, [&](int64_t r) { copy_row(a.x.row(r), a.x.cols, k, a.w.format == Format::bf16, to + r * k); });
+  if (a.w.format == Format::f32 && a.before.op == Before::Op::none) return rows;
+  const int64_t wide = round_up(k, 16);
+  float* to = take<float>(c, c.n_rows * wide);
+  rows.x = to, rows.ldx = wide;
+  each_input(c, a, [&](int64_t r, const float* x) { copy_row(x, a.w.n_in, k, a.w.format == Format::bf16, to + r * wide); });
   return rows;
 }
 
@@ -122,9 +132,9 @@ inline Rows prepare_tiles(const Ctx& c, const LinearArgs& a, int64_t k, int64_t 
   int32_t* sums = codes ? take<int32_t>(c, 2 * n_padded * n_groups) : nullptr;
   const Rows rows = {a.x.p, a.x.stride, q, mr, n_tiles, n_scales, n_groups, scale, sums, codes ? sums + n_padded * n_groups : nullptr};
   const Coding8 how = coding_of(a.w, for_tiles);
-  each_piece(c, c.n_rows, k, [&](int64_t r) {
-    if (codes) quantise_row(a.x.row(r), a.x.cols, k, how, rows, r);
-    else round_row(a.x.row(r), a.x.cols, k, const_cast<uint8_t*>(rows.row(r)), mr * 64);
+  each_input(c, a, [&](int64_t r, const float* x) {
+    if (codes) quantise_row(x, a.w.n_in, k, how, rows, r);
+    else round_row(x, a.w.n_in, k, const_cast<uint8_t*>(rows.row(r)), mr * 64);
   });
   for (int64_t r = c.n_rows; r < n_padded; ++r) {
     for (int64_t t = 0; t < n_tiles; ++t) memset(const_cast<uint8_t*>(rows.row(r)) + t * mr * 64, 0, 64);

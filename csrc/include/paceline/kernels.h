@@ -87,7 +87,20 @@ struct Ctx {
 
 enum class Act : int32_t { silu, gelu, gelu_tanh, relu };
 
-struct LinearArgs { Mat x, out; Weight w; const float* bias; };  // bias (n_out) or null
+// What rows go through on their way into a linear, bit for bit as the kernel of that name: x is then the input of both.
+struct Before {
+  enum class Op : int32_t { none, rms_norm, gated } op = Op::none;
+  const float* weight = nullptr;  // of rms_norm
+  float eps = 0, offset = 0;
+  Act kind = Act::silu;           // of gated
+};
+struct LinearArgs {
+  Mat x, out;
+  Weight w;
+  const float* bias;   // (n_out) or null
+  Mat add = {};        // where p is not null: out = add + (x W^T + bias)
+  Before before = {};
+};
 struct EmbedArgs { Mat out; Weight table; const int32_t* ids; }; // out row r = row ids[r] of table, dequantised; ids are in range
 struct RmsNormArgs { Mat x, out; const float* weight; int64_t n; float eps, offset; };  // runs of n columns; x.cols % n == 0
 struct LayerNormArgs { Mat x, out; const float *weight, *bias; float eps; };             // bias or null

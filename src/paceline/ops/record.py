@@ -2,7 +2,7 @@
 
 Tracing calls the function once. Every op appends a `Call`; its result is a `Reg`. Then each register gets a place in the device's
 arena: a register's floats are needed from the call that writes it to the last call that reads it, so later ones reuse the space.
-Inputs and outputs are the caller's arrays, not arena. The recorder knows nothing of what the ops do.
+Inputs and outputs are the caller's arrays, not arena. The recorder knows nothing of what the ops do; `fuse` knows a few.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from paceline import _native
+from paceline.ops.fuse import fuse
 
 _ALIGN = 16  # floats: rows start at 64 bytes
 
@@ -71,6 +72,7 @@ class Recorder:
     def finish(self, device: _native.Device, results: Sequence[Reg]) -> _native.Program:
         """Plan the arena and build the program whose outputs are `results`."""
         outs = self._outputs(results)
+        self.calls = fuse(self.calls, self.widths, {r.id for r in outs})
         slots = {i: i for i in range(self.n_inputs)} | {r.id: self.n_inputs + k for k, r in enumerate(outs)}
         places, width = plan([*self._lifetimes(slots)])
         program = _native.Program(device, width, self.widths[: self.n_inputs], [(r.cols, r.wanted) for r in outs])
