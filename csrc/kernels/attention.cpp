@@ -9,93 +9,35 @@
 // Memory: pools (n_pages, heads of the group, page_size, dim); index i of a sequence lies in page tables[i / page_size] at offset
 // i % page_size. q (rows, n_heads * dim); query head h reads KV head h / (n_heads / n_kv_heads).
 //
-// Work: a unit is (sequence, KV head, block of rows); its (row, query head) pairs, up to 64, share every K and V block. A block is
-// 64 consecutive indices, aligned: K transposed to (dim, 64) and V as (64, dim), both float32 in L2, then two small matrix products
-// pairs x dim x 64. K and V are read once per unit: decode of one sequence reads its cache exactly once, 2 * dim * size bytes per
-// index and KV head, at 4 * dim FLOP per index and query head; prefill is bound by arithmetic.
+// Work: a unit is (sequence, KV head, block of rows); its (row, query head) pairs, up to kPairs, share every K and V block. A block is
+// 64 consecutive indices, aligned; its keys are transposed and its values laid out for the products (attention_blocks.h) in L1, and
+// then small panels of pairs pass over it: scores, weights, values. K and V are read once per unit: decode of one sequence reads its
+// cache exactly once, 2 * dim * size bytes per index and KV head, at 4 * dim FLOP per index and query head; prefill is bound by
+// arithmetic.
+//
+// Arithmetic: float32, but for bfloat16 pools where there are bfloat16 instructions: then scaled queries and weights are rounded to
+// bfloat16 too and products are added in float32 (attention_product.h, attention_amx.h). The rounded weights are also what is summed
+// up below the fraction, so they still add to one.
 //
 // Same bits always: what a row adds up is fixed by its own indices alone. A score adds over dim in order; the maximum and the sum of
-// lane i take the indices i mod 16 in order; values add in the order of the indices; masked keys take part in no arithmetic, so
-// whatever lies in unused slots cannot matter. The running softmax starts anew every 1024 indices (a chunk) and chunks are merged in
-// order, whether one thread does them or many: a unit much longer than the others has one task per chunk.
-#include "paceline/lanes.h"
-#include "paceline/math.h"
+// lane i take the indices i mod 16 in order; values add in the order of the indices. A key that a row does not see has a weight of
+// exactly 0, which changes no sum but perhaps the sign of a zero, and that is lost at the end; where such a key's values are not
+// finite, the rows go one by one. So whatever lies in slots a row does not see cannot matter. The running softmax starts anew every
+// 1024 indices (a chunk) and chunks are merged in order, whether one thread does them or many: a unit much longer than the others has
+// one task per chunk.
+#include "attention_amx.h"
+#include "attention_blocks.h"
+#include "attention_softmax.h"
 
 namespace paceline {
 namespace PL_ISA {
 namespace {
 
-constexpr int64_t kBlock = 64, kChunk = 1024, kPairs = 64;
+constexpr int64_t kPairs = 128;
 constexpr int64_t kSmall = 1 << 21;  // multiply-adds that are not worth waking threads for
 constexpr float kLog2e = 1.44269504f;
 
-// The block after this one, fetched evenly while this one is worked on: a burst would fill the line buffers and stall. A block has
-// four phases (keys, values, scores, sums); each touches every second line of the next block's key or value rows.
-struct Ahead {
-  const char* const* row;  // of kBlock indices
-  int64_t first, bytes;    // where to begin in a row, and its length
-
-  PL_INLINE void touch(int64_t j) const {
-    if (j >= kBlock) return;
-    for (int64_t b = first; b < bytes; b += 128) __builtin_prefetch(row[j] + b, 0, 2);
-  }
-  void rest(int64_t j) const {
-    for (; j < kBlock; ++j) touch(j);
-  }
-};
-
-// ---- the matrix product of both halves: C (m, 16 nv) = [C +] A (m, n) B (n, 16 nv), adding over n in order ----
-
-template <int MR, int NV>
-void panel(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t n, bool add, const Ahead* ahead) {
-  V s[MR][NV];
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) s[i][j] = add ? vload(c + i * ldc + 16 * j) : vzero();
-  for (int64_t k = 0; k < n; ++k) {
-    if (ahead) ahead->touch(k);
-    V x[NV];
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) x[j] = vload(b + k * ldb + 16 * j);
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) {
-      const V y = vset(a[i * lda + k]);
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) s[i][j] = vfma(y, x[j], s[i][j]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) vstore(c + i * ldc + 16 * j, s[i][j]);
-}
-
-// Registers: MR * NV sums, NV loads and a broadcast.
-constexpr int kRows = PL_AVX512 ? 6 : 4, kCols = PL_AVX512 ? 4 : 1;
-
-template <int NV>
-void rows_of_panels(const float* a, int64_t lda, int64_t m, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t n, bool add, const Ahead* ahead) {
-  for (; m >= kRows; m -= kRows, a += kRows * lda, c += kRows * ldc, ahead = nullptr) panel<kRows, NV>(a, lda, b, ldb, c, ldc, n, add, ahead);
-  switch (m) {
-    case 5: return panel<5, NV>(a, lda, b, ldb, c, ldc, n, add, ahead);
-    case 4: return panel<4, NV>(a, lda, b, ldb, c, ldc, n, add, ahead);
-    case 3: return panel<3, NV>(a, lda, b, ldb, c, ldc, n, add, ahead);
-    case 2: return panel<2, NV>(a, lda, b, ldb, c, ldc, n, add, ahead);
-    case 1: return panel<1, NV>(a, lda, b, ldb, c, ldc, n, add, ahead);
-    default: return;
-  }
-}
-
-void product(const float* a, int64_t lda, int64_t m, const float* b, int64_t ldb, int64_t nv, float* c, int64_t ldc, int64_t n, bool add,
-             const Ahead* ahead) {
-  for (; nv >= kCols; nv -= kCols, b += 16 * kCols, c += 16 * kCols, ahead = nullptr) rows_of_panels<kCols>(a, lda, m, b, ldb, c, ldc, n, add, ahead);
-  for (; nv > 0; --nv, b += 16, c += 16, ahead = nullptr) rows_of_panels<1>(a, lda, m, b, ldb, c, ldc, n, add, ahead);
-}
-
 // ---- pools ----
-
-PL_INLINE size_t width(Dtype t) { return t == Dtype::f32 ? 4 : 2; }
 
 void store_row(Dtype t, void* to, const float* x, int64_t n) {
   if (t == Dtype::f32) {
@@ -128,58 +70,7 @@ void kv_write(const Ctx& c, const AttentionArgs& a, const GroupStep& g, int32_t 
   });
 }
 
-PL_INLINE V load_lanes(Dtype t, const void* p, int64_t i, int64_t n) {  // n <= 16 items from item i on
-  if (t == Dtype::f32) return n == 16 ? vload(static_cast<const float*>(p) + i) : vload(static_cast<const float*>(p) + i, n);
-  const uint16_t* u = static_cast<const uint16_t*>(p) + i;
-  if (t == Dtype::f16) return n == 16 ? vload_f16(u) : vload_f16(u, n);
-  return n == 16 ? vload_bf16(u) : vload_bf16(u, n);
-}
-
-// Sixteen keys as columns of kt (dim, kBlock). Two 16-bit items travel as one lane through the transposition.
-template <Dtype T> void transpose_keys(const void* const* key, int64_t dim, float* kt) {
-  constexpr bool paired = T != Dtype::f32;
-  const int64_t whole = paired ? dim / 2 * 2 : dim, step = paired ? 32 : 16;
-  for (int64_t d = 0; d < whole; d += step) {
-    V r[16];
-    const int64_t n = min_of(whole - d, step);
-    for (int i = 0; i < 16; ++i) {
-      const uint16_t* u = static_cast<const uint16_t*>(key[i]) + d;
-      if (paired) r[i] = n == step ? vload_pairs(u) : vload_pairs(u, n / 2);
-      else r[i] = load_lanes(T, key[i], d, n);
-    }
-    transpose16(r);
-    float* out = kt + d * kBlock;
-    for (int64_t i = 0; i < (paired ? n / 2 : n); ++i) {
-      if (paired) {
-        vstore(out + 2 * i * kBlock, T == Dtype::f16 ? vfirst_f16(r[i]) : vfirst_bf16(r[i]));
-        vstore(out + (2 * i + 1) * kBlock, T == Dtype::f16 ? vsecond_f16(r[i]) : vsecond_bf16(r[i]));
-      } else {
-        vstore(out + i * kBlock, r[i]);
-      }
-    }
-  }
-  if (whole < dim)  // an odd 16-bit dimension
-    for (int i = 0; i < 16; ++i) {
-      const uint16_t u = static_cast<const uint16_t*>(key[i])[whole];
-      kt[whole * kBlock + i] = T == Dtype::f16 ? load_f16(u) : load_bf16(u);
-    }
-}
-
-template <Dtype T> void widen(const void* row, int64_t dim, float* out) {  // zeros up to a multiple of 16
-  for (int64_t d = 0; d < dim; d += 16) vstore(out + d, load_lanes(T, row, d, min_of<int64_t>(16, dim - d)));
-}
-
 // ---- a unit of work ----
-
-struct Unit {
-  int32_t group, at, seq, head;    // head: of the group
-  int64_t row, n_rows;             // rows of the step
-  int64_t chunk, n_chunks;         // the range of chunks to be walked
-  int64_t part;                    // -1, or where in `parts` the state of the first of them goes
-};
-
-// Softmax in progress of some pairs: values (pairs, wide), lane sums (pairs, 16), maxima in units of log 2 (-inf: nothing seen).
-struct State { float *acc, *sum, *max; };
 
 struct Job {
   const AttentionArgs& a;
@@ -192,225 +83,109 @@ struct Job {
   State state(float* p) const { return {p, p + max_pairs * wide, p + max_pairs * (wide + 16)}; }
 };
 
+// Pairs that pass over a block together.
+constexpr int64_t kTilePanel = 32;
+template <class T> constexpr int64_t panel_rows() { return PL_AMX && Items<T>::n == 2 ? kTilePanel : kRows; }
+
+// Of one thread; sized for floats and for pairs.
 struct Scratch {
-  float *q, *s, *kt, *v, *zero;
+  float *q, *kt, *v, *s, *w, *zero, *edge;
   State chunk, total;
 };
 
-Scratch scratch_of(const Job& j, int thread) {
-  float* p = j.scratch + thread * j.scratch_floats;
-  const auto next = [&](int64_t n) {
-    float* at = p;
-    p += round_up(n, 16);
-    return at;
-  };
-  Scratch s;
-  s.q = next(j.max_pairs * j.a.dim), s.s = next(j.max_pairs * kBlock), s.kt = next(j.a.dim * kBlock), s.v = next(kBlock * j.wide);
-  s.zero = next(j.wide);
-  s.chunk = j.state(next(j.state_floats)), s.total = j.state(next(j.state_floats));
-  return s;
+// Calls f(pointer, floats) for each part.
+template <class F> void each_part(const Job& j, Scratch& s, F f) {
+  const int64_t panel = PL_AMX ? kTilePanel : kRows, dim = round_up(j.a.dim, 32);
+  f(&s.q, (j.max_pairs + panel) * dim);  // tiles read whole row blocks
+  f(&s.kt, dim * kBlock);
+  f(&s.v, kBlock * j.wide);
+  f(&s.s, panel * kBlock);
+  f(&s.w, panel * kBlock);
+  f(&s.zero, dim);
+  f(&s.edge, PL_AMX ? 16 * max_of(j.wide, kBlock) : 0);
+  f(&s.chunk.acc, j.state_floats);
+  f(&s.total.acc, j.state_floats);
 }
 
 int64_t scratch_size(const Job& j) {
-  return round_up(j.max_pairs * j.a.dim, 16) + j.max_pairs * kBlock + j.a.dim * kBlock + kBlock * j.wide + j.wide + 2 * j.state_floats;
+  Scratch s;
+  int64_t total = 0;
+  each_part(j, s, [&](float**, int64_t n) { total += round_up(n, 16); });
+  return total;
 }
 
-PL_INLINE uint64_t low_bits(int64_t n) { return n <= 0 ? 0 : n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
-
-// What the rows of a sequence see. A row of a draft tree sees the entries below `tail` and those its mask names; it counts them in
-// order (their rank), as if the others were not there: the indices they have once the draft is settled. So a tree row gives the bits
-// that the same text gives without drafting. A mask of 0 means causal.
-struct Sight {
-  int64_t row0, first;  // the sequence's first row of this step and its index
-  int64_t window;       // 0: none
-  const uint64_t* mask;
-  int64_t tail;
-
-  Sight(const Job& j, const GroupStep& g, int32_t seq) : row0(j.step.cu_rows[seq]), window(j.a.window), mask(j.step.mask) {
-    first = g.lens[seq] - (j.step.cu_rows[seq + 1] - row0);
-    // `tail` counts as the first group does; groups that retain other numbers of entries see the same draft at their own end
-    tail = mask ? j.step.tail[seq] + g.lens[seq] - j.step.groups[0].lens[seq] : 0;
-  }
-  uint64_t drafts(int64_t row) const { return mask ? mask[row] : 0; }
-  bool is_tree(int64_t row) const { return drafts(row) & (drafts(row) + 1); }  // else rank is index
-  int64_t end(int64_t row) const {  // how many entries the row sees, or has behind its window
-    return drafts(row) ? tail + __builtin_popcountll(drafts(row)) : first + row - row0 + 1;
-  }
-  int64_t begin(int64_t row) const { return window ? max_of<int64_t>(0, end(row) - window) : 0; }
-  uint64_t bits(int64_t row, int64_t block) const {  // bit i: the entry of rank block + i
-    return low_bits(end(row) - block) & ~low_bits(begin(row) - block);
-  }
-  struct Range { int64_t begin, end; };
-  Range range(int64_t row, int64_t n_rows) const {  // of all the rows' ranks
-    Range r = {begin(row), end(row + n_rows - 1)};
-    for (int64_t i = row; mask && i < row + n_rows; ++i) r = {min_of(r.begin, begin(i)), max_of(r.end, end(i))};
-    return r;
-  }
-};
-
-// Where the entries of a unit's KV head lie.
-struct Entries {
-  const int32_t* table;
-  int64_t n, page_size, stride, row_bytes, head_bytes;  // n: entries the table covers; stride: bytes per page
-  const char *k, *v;
-  Dtype dtype;
-
-  Entries(const GroupStep& g, const Unit& u)
-      : table(g.tables + u.seq * g.max_pages), n(g.max_pages * g.page_size), page_size(g.page_size), dtype(g.dtype) {
-    row_bytes = g.dim * static_cast<int64_t>(width(g.dtype));
-    head_bytes = page_size * row_bytes;
-    stride = g.n_heads * head_bytes;
-    k = static_cast<const char*>(g.k[u.at]) + u.head * head_bytes;
-    v = static_cast<const char*>(g.v[u.at]) + u.head * head_bytes;
-  }
-
-  // Byte offsets of indices [i, i + kBlock); -1 where there is no page.
-  void offsets(int64_t i, int64_t* out) const {
-    for (int64_t j = 0; j < kBlock;) {
-      const int64_t page = (i + j) / page_size, at = (i + j) % page_size, m = min_of(kBlock - j, page_size - at);
-      const int64_t id = i + j < n ? table[page] : -1, base = id * stride + at * row_bytes;
-      for (int64_t l = 0; l < m; ++l) out[j + l] = id < 0 ? -1 : base + l * row_bytes;
-      j += m;
-    }
-  }
-
-  // The same for the ranks of a tree row.
-  void offsets(int64_t i, const Sight& sight, int64_t row, int64_t* out) const {
-    uint64_t left = sight.drafts(row);
-    for (int64_t rank = sight.tail; left && rank < i; ++rank) left &= left - 1;
-    for (int64_t j = 0; j < kBlock; ++j) {
-      int64_t index = i + j;
-      if (index >= sight.tail) {
-        index = left ? sight.tail + __builtin_ctzll(left) : n;
-        left &= left - 1;
-      }
-      const int64_t id = index < n ? table[index / page_size] : -1;
-      out[j] = id < 0 ? -1 : id * stride + index % page_size * row_bytes;
-    }
-  }
-
-  // Rows of the offsets, for `Ahead`; where there is no page any address will do.
-  void rows(const int64_t* offset, const char** out) const {
-    for (int64_t j = 0; j < kBlock; ++j) {
-      const int64_t o = max_of<int64_t>(0, offset[j]);
-      out[j] = k + o, out[kBlock + j] = v + o;
-    }
-  }
-};
-
-template <Dtype T>
-void load_block(const Entries& e, const int64_t* offset, uint64_t seen, int64_t dim, int64_t wide, const Scratch& s, const Ahead* ahead) {
-  for (int t = 0; t < 4; ++t) {
-    if (!(seen >> 16 * t & 0xffff)) continue;
-    const void* key[16];
-    for (int i = 0; i < 16 && ahead; ++i) ahead[0].touch(16 * t + i);
-    for (int i = 0; i < 16; ++i) key[i] = offset[16 * t + i] < 0 ? static_cast<const void*>(s.zero) : e.k + offset[16 * t + i];
-    transpose_keys<T>(key, dim, s.kt + 16 * t);
-  }
-  for (uint64_t left = seen; left; left &= left - 1) {
-    const int i = __builtin_ctzll(left);
-    if (ahead) ahead[1].touch(i);
-    widen<T>(offset[i] < 0 ? static_cast<const void*>(s.zero) : e.v + offset[i], dim, s.v + i * wide);
-  }
+Scratch scratch_of(const Job& j, int thread) {
+  Scratch s;
+  float* p = j.scratch + thread * j.scratch_floats;
+  each_part(j, s, [&](float** at, int64_t n) { *at = p, p += round_up(n, 16); });
+  s.chunk = j.state(s.chunk.acc), s.total = j.state(s.total.acc);
+  return s;
 }
 
-// Scores of one pair -> weights in place; only the groups of sixteen indices [t0, t1) hold any. Scales what came before.
-void softmax_block(float* s, uint64_t bits, int t0, int t1, float cap, int64_t wide, float* acc, float* sum, float* max) {
-  const V none = vset(-__builtin_inff());
-  V x[4], top = none;
-  for (int t = t0; t < t1; ++t) {
-    x[t] = vload(s + 16 * t);
-    if (cap != 0.0f) x[t] = vmul(vtanh(x[t]), vset(cap));
-    const auto b = static_cast<uint32_t>(bits >> 16 * t & 0xffff);
-    if (b != 0xffff) x[t] = vpick(b, x[t], none);
-    top = vmax(top, x[t]);
+template <class T>
+PL_INLINE void product(const T* a, int64_t lda, int64_t m, const T* b, int64_t ldb, int64_t nv, float* c, int64_t ldc, int64_t n, bool add,
+                       [[maybe_unused]] float* edge, const Ahead* ahead) {
+#if PL_AMX
+  if constexpr (Items<T>::n == 2) {
+    if (ahead) ahead->rest(0);
+    return tile_product({a, lda, b, ldb, c, ldc}, m, nv, n, add, edge);
   }
-  const float best = vhmax(top), m = *max < best ? best : *max;
-  V total = vload(sum);
-  if (m != *max) {  // otherwise the factor is 1; before the first key there is nothing to scale
-    if (*max != -__builtin_inff()) {
-      const V shrink = vexp2_below0(vset(*max - m));
-      total = vmul(total, shrink);
-      for (int64_t d = 0; d < wide; d += 16) vstore(acc + d, vmul(vload(acc + d), shrink));
-    }
-    *max = m;
-  }
-  for (int t = t0; t < t1; ++t) {
-    x[t] = vexp2_below0(vsub(x[t], vset(m)));
-    vstore(s + 16 * t, x[t]);
-    total = vadd(total, x[t]);
-  }
-  vstore(sum, total);
+#endif
+  vector_product(a, lda, m, b, ldb, nv, c, ldc, n, add, ahead);
 }
 
-void clear(const State& s, int64_t pairs, int64_t wide) {
-  memset(s.acc, 0, static_cast<size_t>(pairs * wide) * 4);
-  memset(s.sum, 0, static_cast<size_t>(pairs) * 64);
-  for (int64_t p = 0; p < pairs; ++p) s.max[p] = -__builtin_inff();
-}
-
-// `to` followed by `from`.
-void merge(const State& to, const State& from, int64_t pairs, int64_t wide) {
-  for (int64_t p = 0; p < pairs; ++p) {
-    if (from.max[p] == -__builtin_inff()) continue;
-    float *acc = to.acc + p * wide, *sum = to.sum + 16 * p;
-    const float *acc2 = from.acc + p * wide, *sum2 = from.sum + 16 * p;
-    if (to.max[p] == -__builtin_inff()) {
-      memcpy(acc, acc2, static_cast<size_t>(wide) * 4);
-      memcpy(sum, sum2, 64);
-      to.max[p] = from.max[p];
-      continue;
-    }
-    const float m = to.max[p] > from.max[p] ? to.max[p] : from.max[p];
-    const V x = vexp2_below0(vset(to.max[p] - m)), y = vexp2_below0(vset(from.max[p] - m));
-    for (int64_t d = 0; d < wide; d += 16) vstore(acc + d, vfma(vload(acc2 + d), y, vmul(vload(acc + d), x)));
-    vstore(sum, vfma(vload(sum2), y, vmul(vload(sum), x)));
-    to.max[p] = m;
-  }
-}
-
-// One block of keys for the unit's rows [r0, r1); bits[r] say what row r sees.
-void block(const Job& j, const Entries& e, const int64_t* offset, const uint64_t* bits, int64_t r0, int64_t r1, const Scratch& s, const Ahead* ahead) {
+// A block whose keys and values are loaded, for m pairs from pair p on; bits[r]: what row r sees.
+template <class T> void panel_of_pairs(const Job& j, const uint64_t* bits, int64_t p, int64_t m, const Scratch& s, const Ahead* ahead) {
+  const int64_t dim = j.a.dim, wide = j.wide, nq = j.n_query, stride = query_stride<T>(dim), n = depth<T>(dim), per_row = kBlock / Items<T>::n;
   uint64_t seen = 0;
-  for (int64_t r = r0; r < r1; ++r) seen |= bits[r];
+  for (int64_t r = p / nq; r <= (p + m - 1) / nq; ++r) seen |= bits[r];
   if (!seen) return;
-  const int64_t dim = j.a.dim, wide = j.wide, nq = j.n_query;
-  switch (e.dtype) {
-    case Dtype::f32: load_block<Dtype::f32>(e, offset, seen, dim, wide, s, ahead); break;
-    case Dtype::f16: load_block<Dtype::f16>(e, offset, seen, dim, wide, s, ahead); break;
-    default: load_block<Dtype::bf16>(e, offset, seen, dim, wide, s, ahead);
-  }
-  while (!bits[r0]) ++r0;
-  while (!bits[r1 - 1]) --r1;
-  const int t0 = __builtin_ctzll(seen) / 16, t1 = (63 - __builtin_clzll(seen)) / 16 + 1;
-  product(s.q + r0 * nq * dim, dim, (r1 - r0) * nq, s.kt + 16 * t0, kBlock, t1 - t0, s.s + r0 * nq * kBlock + 16 * t0, kBlock, dim, false,
-          ahead ? ahead + 2 : nullptr);
-  if (ahead) ahead[2].rest(dim);
+  const Groups g = groups_of<T>(seen);
+  const int n_groups = g.end - g.begin;
+  const int64_t first = 16 / Items<T>::n * g.begin, n_items = 16 / Items<T>::n * n_groups;
+  const auto *q = reinterpret_cast<const T*>(s.q) + p * stride, *kt = reinterpret_cast<const T*>(s.kt) + 16 * g.begin;
+  const auto* v = reinterpret_cast<const T*>(s.v) + first * wide;
+  T* w = reinterpret_cast<T*>(s.w) + first;
+  product(q, stride, m, kt, kBlock, n_groups, s.s + 16 * g.begin, kBlock, n, false, s.edge, ahead ? ahead + 2 : nullptr);
+  if (ahead) ahead[2].rest(n * Items<T>::n);
   const float cap = j.a.softcap * kLog2e;
-  for (int64_t r = r0; r < r1; ++r)
-    for (int64_t p = r * nq; bits[r] && p < (r + 1) * nq; ++p)
-      softmax_block(s.s + p * kBlock, bits[r], t0, t1, cap, wide, s.chunk.acc + p * wide, s.chunk.sum + 16 * p, s.chunk.max + p);
-  for (int64_t r = r0, next; r < r1; r = next) {  // rows that see the same keys together, one run of keys at a time
-    for (next = r + 1; next < r1 && bits[next] == bits[r]; ++next) {}
-    for (uint64_t left = bits[r]; left;) {
-      const int lo = __builtin_ctzll(left);
-      const uint64_t gaps = ~(left >> lo);
-      const int n = gaps ? __builtin_ctzll(gaps) : 64 - lo, length = n < 64 - lo ? n : 64 - lo;
-      product(s.s + r * nq * kBlock + lo, kBlock, (next - r) * nq, s.v + lo * wide, wide, wide / 16, s.chunk.acc + r * nq * wide, wide, length, true,
-              ahead && lo == 0 ? ahead + 3 : nullptr);
-      left &= ~(low_bits(length) << lo);
-    }
+  for (int64_t i = 0, row = p / nq, head = p % nq; i < m; ++i) {
+    const State& c = s.chunk;
+    weigh(s.s + i * kBlock + 16 * g.begin, bits[row] >> 16 * g.begin, n_groups, cap, wide, w + i * per_row, c.acc + (p + i) * wide,
+          c.sum + (p + i) * 16, c.max + p + i);
+    if (++head == nq) head = 0, ++row;
   }
+  product(w, per_row, m, v, wide, wide / 16, s.chunk.acc + p * wide, wide, n_items, true, s.edge, ahead ? ahead + 3 : nullptr);
 }
 
-void load_queries(const Job& j, const Unit& u, const GroupStep& g, float* q) {
+// One block of keys for the unit's rows [r0, r1).
+template <Dtype D> void block(const Job& j, const Entries& e, const int64_t* offset, const uint64_t* bits, int64_t r0, int64_t r1, const Scratch& s, const Ahead* ahead) {
+  using T = typename ItemOf<D>::Type;
+  while (r0 < r1 && !bits[r0]) ++r0;
+  while (r0 < r1 && !bits[r1 - 1]) --r1;
+  if (r0 == r1) return;
+  uint64_t seen = 0, by_all = ~uint64_t{0};
+  for (int64_t r = r0; r < r1; ++r) seen |= bits[r], by_all &= bits[r];
+  T* v = reinterpret_cast<T*>(s.v);
+  load_block<D>(e, offset, seen, j.a.dim, j.wide, s.zero, reinterpret_cast<T*>(s.kt), v, ahead);
+  if (seen != by_all) {
+    const Groups g = groups_of<T>(seen);
+    const int64_t first = 16 / Items<T>::n * g.begin, n = 16 / Items<T>::n * (g.end - g.begin);
+    if (!all_finite(v + first * j.wide, n * j.wide)) {
+      for (int64_t r = r0; r < r1; ++r) block<D>(j, e, offset, bits, r, r + 1, s, nullptr);
+      return;
+    }
+  }
+  for (int64_t p = r0 * j.n_query, end = r1 * j.n_query; p < end; p += panel_rows<T>(), ahead = nullptr)
+    panel_of_pairs<T>(j, bits, p, min_of(panel_rows<T>(), end - p), s, ahead);
+}
+
+template <class T> void load_queries(const Job& j, const Unit& u, const GroupStep& g, T* q) {
   const AttentionArgs& a = j.a;
   const float scale = a.softcap != 0.0f ? a.scale / a.softcap : a.scale * kLog2e;
-  for (int64_t r = 0; r < u.n_rows; ++r) {
-    const float* from = a.q.row(u.row + r) + g.heads[u.head] * j.n_query * a.dim;
-    float* to = q + r * j.n_query * a.dim;
-    for (int64_t i = 0; i < j.n_query * a.dim; ++i) to[i] = from[i] * scale;
-  }
+  for (int64_t r = 0; r < u.n_rows; ++r)
+    for (int64_t h = 0; h < j.n_query; ++h, q += query_stride<T>(a.dim))
+      load_query(a.q.row(u.row + r) + (g.heads[u.head] * j.n_query + h) * a.dim, scale, a.dim, q);
 }
 
 void store_out(const Job& j, const Unit& u, const State& s) {
@@ -419,12 +194,15 @@ void store_out(const Job& j, const Unit& u, const State& s) {
   for (int64_t p = 0; p < u.n_rows * j.n_query; ++p) {
     float* out = j.a.out.row(u.row + p / j.n_query) + (g.heads[u.head] * j.n_query + p % j.n_query) * dim;
     const V sum = vset(vsum(vload(s.sum + 16 * p)));
-    for (int64_t d = 0; d < dim; d += 16) vstore(out + d, vdiv(vload(s.acc + p * j.wide + d), sum), min_of<int64_t>(16, dim - d));
+    for (int64_t d = 0; d < dim; d += 16) {
+      const V x = vadd(vdiv(vload(s.acc + p * j.wide + d), sum), vzero());  // -0 becomes 0
+      vstore(out + d, x, min_of<int64_t>(16, dim - d));
+    }
   }
 }
 
 // Block b of the unit: most rows together, tree rows that see part of a draft one by one.
-void blocks(const Job& j, const Unit& u, const Sight& sight, const Entries& e, const int64_t* offset, int64_t b, const Scratch& s, const Ahead* ahead) {
+template <Dtype D> void blocks(const Job& j, const Unit& u, const Sight& sight, const Entries& e, const int64_t* offset, int64_t b, const Scratch& s, const Ahead* ahead) {
   uint64_t bits[kPairs], alone[kPairs];
   const bool drafts = sight.mask && (b + 1) * kBlock > sight.tail;
   for (int64_t r = 0; r < u.n_rows; ++r) {
@@ -432,26 +210,28 @@ void blocks(const Job& j, const Unit& u, const Sight& sight, const Entries& e, c
     alone[r] = drafts && sight.is_tree(u.row + r) ? bits[r] : 0;
     bits[r] ^= alone[r];
   }
-  block(j, e, offset, bits, 0, u.n_rows, s, ahead);
+  block<D>(j, e, offset, bits, 0, u.n_rows, s, ahead);
   for (int64_t r = 0; drafts && r < u.n_rows; ++r) {
     if (!alone[r]) continue;
     int64_t own[kBlock];
     e.offsets(b * kBlock, sight, u.row + r, own);
-    block(j, e, own, alone, r, r + 1, s, nullptr);
+    block<D>(j, e, own, alone, r, r + 1, s, nullptr);
   }
 }
 
 // Walks the unit's chunks; the result goes to `out`, or chunk by chunk to `parts`.
-void attend(const Job& j, const Unit& u, int thread) {
+template <Dtype D> void attend(const Job& j, const Unit& u, int thread) {
+  using T = typename ItemOf<D>::Type;
   const GroupStep& g = j.step.groups[u.group];
   Scratch s = scratch_of(j, thread);
   const State own = s.chunk;
-  const Sight sight(j, g, u.seq);
+  const Sight sight(j.step, j.a.window, g, u.seq);
   const Entries entries(g, u);
   const Sight::Range range = sight.range(u.row, u.n_rows);
   const int64_t pairs = u.n_rows * j.n_query;
   memset(s.zero, 0, static_cast<size_t>(j.wide) * 4);
-  load_queries(j, u, g, s.q);
+  load_queries(j, u, g, reinterpret_cast<T*>(s.q));
+  pad(reinterpret_cast<T*>(s.q), j.a.dim, reinterpret_cast<T*>(s.kt));
   if (u.part < 0) clear(s.total, pairs, j.wide);
   int64_t offsets[2][kBlock];
   const char* rows[2 * kBlock];
@@ -467,11 +247,23 @@ void attend(const Job& j, const Unit& u, int thread) {
       int64_t* next = offsets[(b + 1) & 1];
       entries.offsets((b + 1) * kBlock, next);
       entries.rows(next, rows);
-      blocks(j, u, sight, entries, offsets[b & 1], b, s, (b + 1) * kBlock < end ? ahead : nullptr);
+      blocks<D>(j, u, sight, entries, offsets[b & 1], b, s, (b + 1) * kBlock < end ? ahead : nullptr);
     }
     if (u.part < 0) merge(s.total, s.chunk, pairs, j.wide);
   }
   if (u.part < 0) store_out(j, u, s.total);
+}
+
+void attend(const Job& j, const Unit& u, int thread) {
+  switch (j.step.groups[u.group].dtype) {
+    case Dtype::f32: return attend<Dtype::f32>(j, u, thread);
+    case Dtype::f16: return attend<Dtype::f16>(j, u, thread);
+    default: break;
+  }
+#if PL_AMX
+  const Tiles tiles;
+#endif
+  attend<Dtype::bf16>(j, u, thread);
 }
 
 void join(const Job& j, const Unit& u, int thread) {  // the parts of one unit, all its chunks, in order
@@ -495,7 +287,7 @@ template <class F> void each_unit(const Job& j, F f) {
     const LayerAt at = j.step.layer_at[l];
     const GroupStep& g = j.step.groups[at.group];
     for (int32_t s = 0; s < j.step.n_seqs; ++s) {
-      const Sight sight(j, g, s);
+      const Sight sight(j.step, j.a.window, g, s);
       for (int64_t end = j.step.cu_rows[s + 1]; end > sight.row0; end -= rows_per_unit) {  // the longest first
         const int64_t row = max_of(sight.row0, end - rows_per_unit);
         const Sight::Range keys = sight.range(row, end - row);

@@ -106,16 +106,30 @@ class Cache:
                 self.k[g][page, :, at] = self.v[g][page, :, at] = np.nan
 
 
-def exact(t: Text, spec: AttnSpec, dtype: str, rows: Sequence[int] | None = None, seen=None) -> np.ndarray:
-    """Float64 attention of rows over the text's entries as the pool stores them; `seen(row)` gives their indices."""
+def exact(
+    t: Text, spec: AttnSpec, dtype: str, rows: Sequence[int] | None = None, seen=None, pairs: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Float64 attention of rows over the text's entries as the pool stores them; `seen(row)` gives their indices.
+
+    Returns it and how far the values lie from it in the weighted mean: what relative errors of the weights are multiplied by.
+    pairs: queries are first rounded as the kernels for pairs of bfloat16 do, with the factor of the scores in base 2.
+    """
     k, v = (a.astype(DTYPES[dtype]).astype(np.float64).reshape(len(t), spec.n_kv_heads, spec.dim) for a in (t.k, t.v))
-    q = t.q.astype(np.float64).reshape(len(t), spec.n_kv_heads, -1, spec.dim)
-    out = np.empty_like(q)
+    q = t.q.astype(np.float64)
+    if pairs:
+        factor = np.float32(spec.scale / spec.softcap if spec.softcap else spec.scale * np.log2(np.e))
+        q = (t.q * factor).astype(DTYPES["bfloat16"]).astype(np.float64) / factor
+    q = q.reshape(len(t), spec.n_kv_heads, -1, spec.dim)
+    out, spread = np.empty_like(q), np.empty_like(q)
     for r in range(len(t)) if rows is None else rows:
         at = seen(r) if seen else np.arange(max(0, r + 1 - (spec.window or r + 1)), r + 1)
         s = np.einsum("hgd,nhd->hgn", q[r], k[at]) * spec.scale
         if spec.softcap:
             s = spec.softcap * np.tanh(s / spec.softcap)
-        e = np.exp(s - s.max(-1, keepdims=True))
-        out[r] = np.einsum("hgn,nhd->hgd", e / e.sum(-1, keepdims=True), v[at])
-    return out.reshape(len(t), -1) if rows is None else out[list(rows)].reshape(len(rows), -1)
+        w = np.exp(s - s.max(-1, keepdims=True))
+        w /= w.sum(-1, keepdims=True)
+        out[r] = np.einsum("hgn,nhd->hgd", w, v[at])
+        for d in range(spec.dim):
+            spread[r, ..., d] = (w * abs(v[at][..., d].T[:, None] - out[r, ..., d, None])).sum(-1)
+    take = slice(None) if rows is None else list(rows)
+    return out.reshape(len(t), -1)[take], spread.reshape(len(t), -1)[take]

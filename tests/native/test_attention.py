@@ -13,6 +13,21 @@ def spec(n_heads: int, n_kv: int, dim: int, window: int | None = None, softcap: 
     return AttnSpec(n_heads, n_kv, dim, dim**-0.5, window, softcap)
 
 
+PAIRS = ("avx512_bf16", "amx", "amx_emulated")  # where bfloat16 pools are multiplied by bfloat16 instructions
+
+
+def check(ops, got: np.ndarray, t: Text, s: AttnSpec, dtype: str, rows=None, seen=None) -> None:
+    """Against float64. Float32 paths: 4e-6. On pairs of bfloat16 weights w are rounded, by at most u = 2^-8 each, and their sum is of
+    the rounded ones, so the result is off by at most u / (1 - u) sum w |v - out| more; the same rounding of the queries is in the
+    reference."""
+    pairs = dtype == "bfloat16" and ops.isa in PAIRS
+    want, spread = exact(t, s, dtype, rows, seen, pairs)
+    limit = 4e-6 + pairs * spread * 2**-8 / (1 - 2**-8)
+    over = abs(got - want) - limit
+    assert np.isfinite(got).all()
+    assert (over <= 0).all(), f"{over.max()} beyond {limit.min()} .. {limit.max()}"
+
+
 CASES = [
     (spec(4, 4, 8), 1, "float32"),
     (spec(4, 2, 16), 2, "bfloat16"),
@@ -22,8 +37,9 @@ CASES = [
     (spec(8, 2, 32, softcap=2.0), 256, "float16"),
     (spec(4, 2, 96, window=7, softcap=5.0), 4, "bfloat16"),
     (spec(2, 1, 256), 64, "bfloat16"),
+    (spec(8, 1, 33, window=50), 5, "bfloat16"),  # an odd dimension, and windows that begin and end within pairs of keys
     (spec(3, 3, 7), 3, "float16"),  # an odd dimension, and pages that are no power of two
-    (spec(70, 1, 8), 16, "float32"),  # more query heads than a unit of work has pairs
+    (spec(130, 1, 8), 16, "float32"),  # more query heads than a unit of work has pairs
 ]
 
 
@@ -39,7 +55,7 @@ def test_against_float64(ops, s, page_size, dtype):
             got[i].append(rows)
             at[i] += len(t)
     for t, rows in zip(texts, got, strict=True):
-        np.testing.assert_allclose(np.concatenate(rows), exact(t, s, dtype), rtol=0, atol=4e-6)
+        check(ops, np.concatenate(rows), t, s, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -93,7 +109,7 @@ def test_same_bits(ops, ops1, isa, s):
     t = text(1, 1100 if isa != "generic" else 1030, s)
     whole = walk(ops1, t, s, [len(t)])
     assert np.isfinite(whole).all()
-    np.testing.assert_allclose(whole[::97], exact(t, s, "bfloat16", range(0, len(t), 97)), rtol=0, atol=4e-6)
+    check(ops, whole[::97], t, s, "bfloat16", range(0, len(t), 97))
     for seed in range(3) if isa != "generic" else [1]:
         for o in (ops, ops1):
             got = walk(o, t, s, cut(seed, len(t)), page_size=[1, 16, 256][seed], seed=seed, others=[0, 3, 1][seed])
@@ -114,15 +130,20 @@ def test_same_bits_when_a_long_unit_is_cut(ops, ops1, isa, window):
         results.append(np.concatenate([cache.step(o, [(0, t[i : i + 1])])[0] for i in range(4997, 5000)]))
     assert results[0].tobytes() == results[1].tobytes()
     assert walk(ops1, t, s, [5000], 32)[4997:].tobytes() == results[0].tobytes()
-    np.testing.assert_allclose(results[0], exact(t, s, "bfloat16", range(4997, 5000)), rtol=0, atol=4e-6)
+    check(ops, results[0], t, s, "bfloat16", range(4997, 5000))
 
 
-def test_same_bits_on_every_instruction_set(ops):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_on_every_instruction_set(ops, isa, dtype):
+    """Of the float32 path; the bits on pairs of bfloat16 belong to the instruction."""
     from paceline.ops.native import NativeOps
 
+    if dtype == "bfloat16" and isa in PAIRS:
+        pytest.skip("pairs of bfloat16")
     s = spec(6, 2, 24, softcap=4.0)
     t = text(3, 90, s)
-    assert walk(ops, t, s, [80, 10]).tobytes() == walk(NativeOps("generic", 1), t, s, [90]).tobytes()
+    want = walk(NativeOps("generic", 1), t, s, [90], dtype=dtype)
+    assert walk(ops, t, s, [80, 10], dtype=dtype).tobytes() == want.tobytes()
 
 
 def test_heads_in_groups_of_their_own(ops):
@@ -132,13 +153,28 @@ def test_heads_in_groups_of_their_own(ops):
     assert walk(ops, t, s, [60, 40], heads=[[1], [0, 2]]).tobytes() == one.tobytes()
 
 
-def test_later_rows_cannot_matter(ops):
-    """Infinite or NaN entries of later rows in the same block change no bit of the earlier ones."""
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [29, 30])
+def test_later_rows_cannot_matter(ops, n, dtype):
+    """Infinite or NaN entries of later rows in the same block, or the same pair of keys, change no bit of the earlier ones."""
     s = spec(4, 2, 16)
     t = text(6, 50, s)
-    clean = walk(ops, t, s, [50])
-    t.k[30:], t.v[30:] = np.nan, np.inf
-    assert walk(ops, t, s, [50])[:30].tobytes() == clean[:30].tobytes()
+    clean = walk(ops, t, s, [50], dtype=dtype)
+    t.k[n:], t.v[n:] = np.nan, np.inf
+    assert walk(ops, t, s, [50], dtype=dtype)[:n].tobytes() == clean[:n].tobytes()
+
+
+@pytest.mark.parametrize("n", [29, 30])
+def test_what_left_the_window_cannot_matter(ops, n):
+    """Infinite entries are seen by the rows whose window they are in, and change no bit of the others."""
+    s = spec(4, 2, 16, window=40)
+    t = text(12, 120, s)
+    clean = walk(ops, t, s, [120])
+    t.v[n] = np.inf
+    got = walk(ops, t, s, [120])
+    assert not np.isfinite(got[n : n + 40]).any()
+    for rows in (slice(0, n), slice(n + 40, 120)):
+        assert got[rows].tobytes() == clean[rows].tobytes()
 
 
 def test_pages_behind_the_window_may_be_gone(ops):
@@ -177,8 +213,7 @@ def test_trees_against_float64_and_chains(ops, isa, n_text, window):
     for i, path in enumerate(paths()):
         rows = [*range(n), *(n + j for j in path)]
         seen = np.arange(len(rows))[-window:] if window else np.arange(len(rows))
-        want = exact(t[rows], s, "bfloat16", [len(rows) - 1], lambda _, seen=seen: seen)
-        np.testing.assert_allclose(got[1 + i], want[0], rtol=0, atol=4e-6)
+        check(ops, got[1 + i][None], t[rows], s, "bfloat16", [len(rows) - 1], lambda _, seen=seen: seen)
         chain = Cache(s, 1400, dtype="bfloat16", seed=1)
         if isa != "generic" or n < 1000:
             assert chain.step(ops, [(0, t[rows])])[0][-1].tobytes() == got[1 + i].tobytes()

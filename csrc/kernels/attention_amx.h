@@ -1,0 +1,83 @@
+// The product of attention_product.h on AMX tiles. A tile of A is 16 rows of 16 pairs, one of B 16 pairs of 16 lanes, straight from the
+// layout that vectors read too; C is 16 x 16 float32. Two by two: C in tiles 0..3, A in 4 and 5, B in 6 and 7. A step of 16 pairs adds
+// its even and its odd items apart and then both to C: bits of its own, but the same for every row, however many share the tile.
+#pragma once
+#include "attention_product.h"
+#include "paceline/tile.h"
+
+#if PL_AMX
+namespace paceline {
+namespace PL_ISA {
+namespace {
+
+constexpr int64_t kTileRows = 16;
+
+struct Tiles {  // tiles configured as long as this lives
+  Tiles() {
+    TileConfig t;
+    for (int i = 0; i < 8; ++i) t.bytes[i] = 64, t.rows[i] = kTileRows;
+    publish(&t);
+    _tile_loadconfig(&t);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+// Row blocks and column blocks of one pass; strides in items, A and B of pairs.
+struct TileOperands { const Pair* a; int64_t lda; const Pair* b; int64_t ldb; float* c; int64_t ldc; };
+
+template <int R, int N> void tile_pass(const TileOperands& o, int64_t steps, bool add) {
+  const int64_t row = kTileRows * o.ldc, lda = o.lda * 4, ldb = o.ldb * 4, ldc = o.ldc * 4;
+  if (add) {
+    _tile_loadd(0, o.c, ldc);
+    if constexpr (N > 1) _tile_loadd(1, o.c + 16, ldc);
+    if constexpr (R > 1) _tile_loadd(2, o.c + row, ldc);
+    if constexpr (R > 1 && N > 1) _tile_loadd(3, o.c + row + 16, ldc);
+  } else {
+    _tile_zero(0);
+    if constexpr (N > 1) _tile_zero(1);
+    if constexpr (R > 1) _tile_zero(2);
+    if constexpr (R > 1 && N > 1) _tile_zero(3);
+  }
+  for (int64_t k = 0; k < steps; ++k) {
+    const Pair *a = o.a + k * 16, *b = o.b + k * 16 * o.ldb;
+    _tile_loadd(4, a, lda);
+    _tile_loadd(6, b, ldb);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (N > 1) { _tile_loadd(7, b + 16, ldb); _tile_dpbf16ps(1, 4, 7); }
+    if constexpr (R > 1) { _tile_loadd(5, a + kTileRows * o.lda, lda); _tile_dpbf16ps(2, 5, 6); }
+    if constexpr (R > 1 && N > 1) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, o.c, ldc);
+  if constexpr (N > 1) _tile_stored(1, o.c + 16, ldc);
+  if constexpr (R > 1) _tile_stored(2, o.c + row, ldc);
+  if constexpr (R > 1 && N > 1) _tile_stored(3, o.c + row + 16, ldc);
+}
+
+template <int R> void tile_columns(TileOperands o, int64_t nv, int64_t steps, bool add) {
+  for (; nv >= 2; nv -= 2, o.b += 32, o.c += 32) tile_pass<R, 2>(o, steps, add);
+  if (nv) tile_pass<R, 1>(o, steps, add);
+}
+
+// m <= 32, n a multiple of 16. The last row block of A is read whole, whatever its last rows hold. `edge`, 16 rows of 16 nv floats,
+// stands in for rows of C beyond m, which are not the caller's.
+inline void tile_product(const TileOperands& o, int64_t m, int64_t nv, int64_t n, bool add, float* edge) {
+  publish(o.a), publish(o.b), publish(o.c);
+  const int64_t whole = m / kTileRows, rest = m % kTileRows, steps = n / 16, wide = 16 * nv;
+  if (whole == 2) tile_columns<2>(o, nv, steps, add);
+  else if (whole == 1) tile_columns<1>(o, nv, steps, add);
+  if (rest) {
+    float* c = o.c + whole * kTileRows * o.ldc;
+    const auto bytes = static_cast<size_t>(wide) * 4;
+    for (int64_t i = 0; add && i < rest; ++i) memcpy(edge + i * wide, c + i * o.ldc, bytes);
+    publish(edge);
+    tile_columns<1>({o.a + whole * kTileRows * o.lda, o.lda, o.b, o.ldb, edge, wide}, nv, steps, add);
+    publish(edge);
+    for (int64_t i = 0; i < rest; ++i) memcpy(c + i * o.ldc, edge + i * wide, bytes);
+  }
+  publish(o.c);
+}
+
+}  // namespace
+}  // namespace PL_ISA
+}  // namespace paceline
+#endif
