@@ -17,8 +17,9 @@ namespace PL_ISA {
 namespace {
 
 void run_vector(const Ctx& c, Job& j) {
-  const int64_t n = even_tasks(c, j.n_blocks, j.block * max_of<int64_t>(1, j.n_rows / 4));
-  parallel(c, n, [&](int64_t t, int) { vector_strip(j, j.n_blocks * t / n, j.n_blocks * (t + 1) / n); });
+  const int64_t unit = j.n_rows == 1 ? 1 : kStrip, n_units = ceil_div(j.n_blocks, unit);  // the balance of one row counts most
+  const int64_t n = even_tasks(c, n_units, unit * j.block * max_of<int64_t>(1, j.n_rows / 4));
+  parallel(c, n, [&](int64_t t, int) { vector_strip(j, n_units * t / n * unit, min_of(j.n_blocks, n_units * (t + 1) / n * unit)); });
 }
 
 void linear(const Ctx& c, const LinearArgs& a) {

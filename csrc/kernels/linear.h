@@ -9,6 +9,7 @@ namespace {
 // ---- blocking, in one place ----
 constexpr int64_t kTaskBytes = 256 << 10;   // weight bytes of a task: about 15 us
 constexpr int64_t kWakeBytes = 16 << 10;    // weight bytes worth waking a thread for: about 1 us
+constexpr int64_t kStrip = 4;               // lane blocks whose weights all rows pass over before the next
 constexpr int64_t kPrefetch = 2048;         // bytes ahead in each block's weight stream
 constexpr int64_t kVnniRows = 4;            // int8, int4 on AMX machines: up to this many rows the vector kernels are faster
 constexpr int64_t kVnniRows32 = 16;         // the same for int4g in groups of 32, where folding the groups outweighs the tiles

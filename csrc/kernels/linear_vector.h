@@ -249,10 +249,10 @@ template <int MR> void some_rows(const Job& j, int64_t row, int64_t first, int64
   for (; b < last; ++b) rows_of<MR, 1>(j, row, b);
 }
 
-// Blocks [first, last) of all rows: four blocks at a time, so that their weights are still in L2 for the next rows.
+// Blocks [first, last) of all rows: a strip at a time, so that its weights are still in L2 for the next rows.
 inline void vector_strip(const Job& j, int64_t first, int64_t last) {
-  for (int64_t b = first; b < last; b += 4) {
-    const int64_t end = min_of(last, b + 4);
+  for (int64_t b = first; b < last; b += kStrip) {
+    const int64_t end = min_of(last, b + kStrip);
     int64_t r = 0;
     for (; r + kMaxRows <= j.n_rows; r += kMaxRows) some_rows<kMaxRows>(j, r, b, end);
 #if PL_AVX512
