@@ -31,7 +31,9 @@ struct BoundProgram {
     if (!kernel) fail(std::string("kernel '") + name + "' is not in this build");
     return kernel;
   }
-  template <class F> void add(std::string name, const Ref& out, F f) { program.code.push_back({std::move(name), out.wanted, std::move(f)}); }
+  template <class F> void add(std::string name, const Ref& out, F f) { program.code.push_back({std::move(name), out.wanted, std::move(f), nullptr, 0}); }
+  // The last instruction reads all of w.
+  void streams(const BoundWeight& w) { program.code.back().weights = w.w.data, program.code.back().weight_bytes = w.owners[0].nbytes(); }
 };
 
 void need(bool ok, const char* what) {
@@ -55,6 +57,7 @@ void linear(BoundProgram& p, Ref out, Ref x, const nb::object& weight, const May
   const auto kernel = p.need(p.device->kernels.linear, "linear");
   const std::string name = "linear " + std::to_string(w.n_out) + "x" + std::to_string(w.n_in) + " " + nb::cast<const BoundWeight&>(weight).format;
   p.add(name, out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), w, b}); });
+  p.streams(nb::cast<const BoundWeight&>(weight));
 }
 
 // linear with what surrounds it (ops/record.py fuses): out = add + (before(x) W^T + bias). `add` equal to x: nothing is added.
@@ -70,6 +73,7 @@ void fused_linear(BoundProgram& p, Ref out, Ref x, Ref add, const nb::object& we
   const auto kernel = p.need(p.device->kernels.linear, "linear");
   const std::string name = "linear " + std::to_string(w.n_out) + "x" + std::to_string(w.n_in) + " " + nb::cast<const BoundWeight&>(weight).format;
   p.add(name, out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), w, b, adds ? f.mat(add) : Mat{}, before}); });
+  p.streams(nb::cast<const BoundWeight&>(weight));
 }
 
 void embed(BoundProgram& p, Ref out, const nb::object& table, bool by_position) {

@@ -8,4 +8,7 @@ namespace paceline {
 Pool* pool_create(int n_threads);
 void pool_destroy(Pool*);
 
+// What the threads will read next, in equal parts by thread. A thread with nothing to do fetches some of its part into its cache.
+void pool_expect(Pool*, const void* data, size_t bytes);
+
 }  // namespace paceline

@@ -40,12 +40,21 @@ Mat Frame::mat(const Ref& r) const {
   return {arena + r.base * n_rows + r.col, r.stride, r.cols};
 }
 
+size_t Program::next_weights(size_t i) const {
+  for (size_t n = 1; n < code.size(); ++n)
+    if (code[(i + n) % code.size()].weights) return (i + n) % code.size();
+  return i;
+}
+
 void Program::run(Device& device, const Step* step, int64_t n_rows, const Mat* external) const {
   std::lock_guard<std::mutex> guard(device.lock);
   const Timer whole(device.busy_ns);
   const Frame frame{device.arena(static_cast<size_t>(width * n_rows)), n_rows, external};
   Ctx ctx{device.pool, &device.ws, &device.kernels, step, n_rows};
-  for (const Instr& instr : code) {
+  for (size_t i = 0; i < code.size(); ++i) {
+    const Instr& instr = code[i];
+    const Instr& next = code[next_weights(i)];
+    if (next.weights) pool_expect(device.pool, next.weights, next.weight_bytes);
     ctx.n_rows = instr.wanted ? step->n_want : n_rows;
     if (ctx.n_rows == 0) continue;
     device.ws.reset();

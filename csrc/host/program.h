@@ -70,11 +70,14 @@ struct Instr {
   std::string name;  // "add", "linear 960x576 int4"
   bool wanted;
   std::function<void(const Ctx&, const Frame&)> run;
+  const void* weights = nullptr;  // what it streams from memory, if much
+  size_t weight_bytes = 0;
 };
 
 struct Program {
   int64_t width = 0;  // arena floats per row
   std::vector<Instr> code;
+  size_t next_weights(size_t i) const;  // the first instruction after i, cyclically, that streams weights (i itself if no other)
   void run(Device& device, const Step* step, int64_t n_rows, const Mat* external) const;
 };
 

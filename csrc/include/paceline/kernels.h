@@ -65,8 +65,9 @@ struct Step {
 
 struct Pool;
 using TaskFn = void (*)(void* arg, int64_t task, int thread);
-// Runs fn(arg, task, thread) for every task in [0, n_tasks); returns when all are done. `thread` < pool_size. Tasks are handed out
-// dynamically: what a task computes must depend on `task` alone. One task runs inline without waking anybody.
+// Runs fn(arg, task, thread) for every task in [0, n_tasks); returns when all are done. `thread` < pool_size. Each thread begins with
+// its own equal range of tasks and then takes what others have left: what a task computes must depend on `task` alone. One task runs
+// inline without waking anybody.
 void pool_run(Pool* pool, int64_t n_tasks, TaskFn fn, void* arg);
 int pool_size(const Pool* pool);
 
