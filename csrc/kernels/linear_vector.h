@@ -191,24 +191,28 @@ template <bool kMins, int MR, int NB> void int4g_rows(const Job& j, int64_t row,
     for (int b = 0; b < NB; ++b) store_block(j, row + r, block + b, acc[r][b]);
 }
 
-// One group of 32 of the factored int4: the low or the high nibbles of block kb of 64 k's.
-template <bool kHigh, int MR, int NB>
-PL_INLINE void factored_group(const Job& j, int64_t row, const uint8_t* w, const int8_t* factors, const uint8_t* const (&x)[MR], int64_t kb, I (&sum)[MR][NB]) {
-  const int64_t g = 2 * kb + kHigh;
-  const int64_t next = ahead_of<NB>(j, kb * 512);
-  I dot[MR][NB];
-  start_group(j, row, g, dot);
+// A block of 64 k's of the factored int4, two groups: k 0..31 in the low nibbles, 32..63 in the high ones.
+template <int MR, int NB>
+PL_INLINE void factored_block(const Job& j, int64_t row, const uint8_t* w, const int8_t* factors, const uint8_t* const (&x)[MR], int64_t kb, I (&sum)[MR][NB]) {
+  const int64_t next = ahead_of<NB>(j, kb * 512), at = kb * (j.a.mr * 64);
+  I low[MR][NB], high[MR][NB];
+  start_group(j, row, 2 * kb, low);
+  start_group(j, row, 2 * kb + 1, high);
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i)
     for (int b = 0; b < NB; ++b) {
       const uint8_t* p = w + b * j.block + kb * 512 + i * 64;
-      if (!kHigh) ahead(p + next);
-      const I codes = kHigh ? high_nibbles(iload(p)) : low_nibbles(iload(p));
-      for (int r = 0; r < MR; ++r) dot[r][b] = dot4_short(dot[r][b], codes, four_codes(x[r] + kb * (j.a.mr * 64) + kHigh * 32 + i * 4));
+      ahead(p + next);
+      const I codes = iload(p), l = low_nibbles(codes), h = high_nibbles(codes);
+      for (int r = 0; r < MR; ++r) {
+        low[r][b] = dot4_short(low[r][b], l, four_codes(x[r] + at + i * 4));
+        high[r][b] = dot4_short(high[r][b], h, four_codes(x[r] + at + 32 + i * 4));
+      }
     }
   for (int b = 0; b < NB; ++b) {
-    const I factor = load_factors(factors + (b * j.n_groups + g) * 16);
-    for (int r = 0; r < MR; ++r) sum[r][b] = times_factor(sum[r][b], dot[r][b], factor);
+    const int8_t* f = factors + (b * j.n_groups + 2 * kb) * 16;
+    const I fl = load_factors(f), fh = load_factors(f + 16);
+    for (int r = 0; r < MR; ++r) sum[r][b] = times_factor(times_factor(sum[r][b], low[r][b], fl), high[r][b], fh);
   }
 }
 
@@ -221,10 +225,7 @@ template <int MR, int NB> void int4_rows(const Job& j, int64_t row, int64_t bloc
     for (int b = 0; b < NB; ++b) sum[r][b] = izero();
   }
   const int8_t* factors = j.w.factors + block * j.n_groups * 16;
-  for (int64_t kb = 0; kb < j.k / 64; ++kb) {
-    factored_group<false>(j, row, w, factors, x, kb, sum);
-    factored_group<true>(j, row, w, factors, x, kb, sum);
-  }
+  for (int64_t kb = 0; kb < j.k / 64; ++kb) factored_block(j, row, w, factors, x, kb, sum);
   for (int b = 0; b < NB; ++b) {
     const Scales s = scales_of(j.w, 1, block + b, 0);
     for (int r = 0; r < MR; ++r) store_block(j, row + r, block + b, fold<false>(vzero(), sum[r][b], j.a.scale[j.a.scale_at(row + r, 0)], 0, s));
