@@ -22,12 +22,12 @@ Device::Device(const std::string& name, int n_threads) {
 
 Device::~Device() {
   pool_destroy(pool);
-  block_free(arena_);
+  block_free(arena_, arena_size_ * sizeof(float));
 }
 
 float* Device::arena(size_t n_floats) {
   if (n_floats > arena_size_) {
-    block_free(arena_);
+    block_free(arena_, arena_size_ * sizeof(float));
     arena_ = nullptr, arena_size_ = 0;
     arena_ = static_cast<float*>(block_alloc(n_floats * sizeof(float)));
     arena_size_ = n_floats;

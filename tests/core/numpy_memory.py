@@ -56,6 +56,6 @@ def append(cache: KVCache, kv: SeqKV, positions: np.ndarray, values: np.ndarray,
     if slots is None:
         return False
     for g in range(len(cache.groups)):
-        write(cache, g, slots[g], values)
+        write(cache, g, np.array(slots[g], np.int64), values)
     cache.settle(kv, rows)
     return True

@@ -88,8 +88,7 @@ class Cache(RuleBasedStateMachine):
             return
         values = self.values(n)
         for g in range(self.n_groups):
-            assert slots[g].dtype == np.int64
-            write(self.cache, g, slots[g], values)
+            write(self.cache, g, np.array(slots[g], np.int64), values)
             table, lens = self.cache.tables([kv], g)
             index = np.arange(len(entries[g]), len(entries[g]) + n)
             assert lens.tolist() == [len(entries[g]) + n]

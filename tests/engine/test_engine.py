@@ -298,21 +298,21 @@ def test_bad_requests_are_refused_and_others_served(
 def test_unusable_logits_fail_only_their_request(ops: Any) -> None:
     model = tiny_model(ops)
     engine = tiny_engine(model, radix=False)
-    head = model.program.head
+    forward = model.program.forward
 
-    def poisoned(x: Any, batch: Any) -> Any:
-        logits = ops.numpy(head(x, batch)).copy()
+    def poisoned(batch: Any) -> Any:
+        logits = ops.numpy(forward(batch)).copy()
         logits[0] = np.nan
         return logits
 
     want = alone(model, request("b", [4, 5, 6], **GREEDY)).token_ids
-    object.__setattr__(model.program, "head", poisoned)
+    object.__setattr__(model.program, "forward", poisoned)
     engine.add(request("a", [1, 2, 3], **GREEDY))
     engine.add(request("b", [4, 5, 6], **GREEDY))
     first = engine.step()[1]
     assert [o.id for o in first] == ["a"]
     assert "not finite" in str(first[0].error)
-    object.__setattr__(model.program, "head", head)
+    object.__setattr__(model.program, "forward", forward)
     assert run_all(engine, [])["b"].token_ids == want
 
 

@@ -63,6 +63,14 @@ def test_compiled_is_eager_for_any_number_of_rows(ops):
         assert np.array_equal(np.asarray(run(x, b)), np.asarray(net(x, b)))
 
 
+def test_compiled_parts_make_a_larger_program(best):
+    first, second = (best.compile(Mlp(best, fmt), (D,)) for fmt in ("bf16", "int8"))
+    w = pack(matrix(3, VOCAB, D), "f32")[0]
+    whole = best.compile(lambda x, b: best.linear(best.wanted(second(first(x, b), b), b), w), (D,))
+    x, b = matrix(1, 9, D), best.begin(batch([0] * 9, [2, 8]))
+    assert np.array_equal(np.asarray(whole(x, b)), np.asarray(best.linear(best.wanted(second(first(x, b), b), b), w)))
+
+
 def test_results_outlive_later_calls(best):
     run = best.compile(Mlp(best), (D,))
     x = matrix(1, 5, D)

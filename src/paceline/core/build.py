@@ -2,50 +2,56 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence as Seq
 
 import numpy as np
 
 from paceline.core.batch import Batch, GroupBatch
-from paceline.core.kvcache import KVCache
-from paceline.core.scheduler import Share, positions_of
+from paceline.core.kvcache import KVCache, SeqKV
+from paceline.core.scheduler import Share
 from paceline.core.sequence import Sequence
-
-
-def wanted_rows(share: Share) -> range:
-    """Rows of the share (counted from its first) whose logits somebody reads."""
-    seq, n_real = share.seq, share.n - share.n_draft
-    if seq.request.pool == "logits" or (seq.params.prompt_logprobs is not None and seq.n_computed < seq.n_prompt):
-        return range(share.n)
-    if seq.n_computed + n_real < len(seq.tokens) or not seq.request.generate:
-        return range(0)
-    return range(n_real - 1, share.n)
 
 
 def build(shares: Seq[Share], cache: KVCache, of_layer: list[list[int]]) -> Batch:
     """The batch of a step; rows of sequence s are its pending tokens, then its draft."""
-    cu_rows = np.zeros(len(shares) + 1, np.int32)
-    np.cumsum([s.n for s in shares], out=cu_rows[1:])
-    tokens = np.empty(cu_rows[-1], np.int32)
-    positions = np.empty(cu_rows[-1], np.int32)
+    tokens: list[int] = []
+    positions: list[int] = []
     want: list[int] = []
-    for share, at in zip(shares, cu_rows, strict=False):
-        seq, n_real = share.seq, share.n - share.n_draft
-        tokens[at : at + n_real] = seq.tokens[seq.n_computed : seq.n_computed + n_real]
-        tokens[at + n_real : at + share.n] = seq.draft.tokens
-        positions[at : at + share.n] = positions_of(seq, n_real)
-        want.extend(int(at) + r for r in wanted_rows(share))
-    groups = [_group(shares, cache, g) for g in range(len(cache.groups))]
-    mask, tail = (
-        _tree(shares, groups[0].lens, cu_rows) if any(not s.seq.draft.is_chain for s in shares) else (None, None)
-    )
-    return Batch(tokens, positions, cu_rows, np.array(want, np.int32), groups, of_layer, mask, tail)
+    cu_rows = [0]
+    has_tree = False
+    for share in shares:
+        seq, at = share.seq, len(tokens)
+        tokens += seq.tokens[seq.n_computed : seq.n_computed + share.n - share.n_draft]
+        if share.n_draft:
+            tokens += seq.draft.tokens.tolist()
+            has_tree = has_tree or not seq.draft.is_chain
+        positions += share.positions
+        want += [at + r for r in share.want]
+        cu_rows.append(at + share.n)
+    if len(want) == len(tokens) == len(shares):  # decoding: one row each, all of them wanted
+        cu, wanted = _one_row_each(len(want))
+    else:
+        cu, wanted = np.array(cu_rows, np.int32), np.array(want, np.int32)
+    kvs = [s.seq.kv for s in shares]
+    groups = [_group(shares, kvs, cache, g) for g in range(len(cache.groups))]
+    mask, tail = _tree(shares, groups[0].lens, cu) if has_tree else (None, None)
+    rows = np.array(tokens, np.int32), np.array(positions, np.int32)
+    return Batch(*rows, cu, wanted, groups, of_layer, mask, tail)
 
 
-def _group(shares: Seq[Share], cache: KVCache, g: int) -> GroupBatch:
-    tables, lens = cache.tables([s.seq.kv for s in shares], g)
-    slots = np.concatenate([s.slots[g] for s in shares]) if len(shares) > 1 else shares[0].slots[g]
-    return GroupBatch(cache.groups[g], slots, tables, lens, cache.k[g], cache.v[g])
+@functools.lru_cache(maxsize=64)
+def _one_row_each(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """`cu_rows` and `want` of n sequences."""
+    return np.arange(n + 1, dtype=np.int32), np.arange(n, dtype=np.int32)
+
+
+def _group(shares: Seq[Share], kvs: Seq[SeqKV], cache: KVCache, g: int) -> GroupBatch:
+    tables, lens = cache.tables(kvs, g)
+    slots: list[int] = []
+    for share in shares:
+        slots += share.slots[g]
+    return GroupBatch(cache.groups[g], np.array(slots, np.int64), tables, lens, cache.k[g], cache.v[g])
 
 
 def _tree(shares: Seq[Share], lens: np.ndarray, cu_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -94,6 +94,7 @@ class Engine:
         self.runner = Runner(model, cache, parts, limits, serving.eos, self._append)
         self.live: dict[str, _Live] = {}
         self.stats = Stats()
+        self._unscheduled: list[_Live] = []  # those that have not begun to run
         self._deltas: list[Delta] = []
         self._done: list[Output] = []
         self._ids = 0
@@ -112,7 +113,9 @@ class Engine:
         seqs = [self._sequence(request, i, rng.child_seed(seed, i)) for i in range(n)]
         seqs[0].siblings = seqs[1:]
         streams = [self.text(request.params) for _ in seqs]
-        self.live[request.id] = _Live(request, seqs, streams, [[] for _ in seqs], now)
+        live = _Live(request, seqs, streams, [[] for _ in seqs], now)
+        self.live[request.id] = live
+        self._unscheduled.append(live)
         self._start(seqs[0], parent)
         self.stats.n_requests += 1
         self.stats.n_prompt_tokens += len(request.tokens)
@@ -190,24 +193,36 @@ class Engine:
         before = self.clock.now()
         touched = self.runner.step(before)
         now = self.clock.now()
-        for seq in self.runner.scheduler.running:
+        if self._unscheduled:
+            self._note_scheduled(before)
+        ended: dict[str, _Live] = {}
+        for seq in touched:
             live = self.live.get(seq.request.id)
-            if live is not None and live.first_scheduled is None:
-                live.first_scheduled = before
-        for live in {
-            seq.request.id: self.live[seq.request.id] for seq in touched if seq.request.id in self.live
-        }.values():
-            self._advance(live, now)
+            if live is None:
+                continue
+            if live.first_token is None:
+                live.first_token = now
+            live.last_token = now
+            if seq.finish_reason is not None or not seq.request.generate:
+                ended[live.request.id] = live
+        for live in ended.values():
+            self._end(live)
         deltas, self._deltas = self._deltas, []
         done, self._done = self._done, []
         return deltas, done
 
-    def _advance(self, live: _Live, now: float) -> None:
-        if live.first_scheduled is None:
-            live.first_scheduled = live.start
-        if live.first_token is None:
-            live.first_token = now
-        live.last_token = now
+    def _note_scheduled(self, now: float) -> None:
+        """Who has begun to run in the step of that time."""
+        running = {seq.request.id for seq in self.runner.scheduler.running}
+        for live in self._unscheduled:
+            if live.request.id in running:
+                live.first_scheduled = now
+        self._unscheduled = [
+            live for live in self._unscheduled if live.first_scheduled is None and live.request.id in self.live
+        ]
+
+    def _end(self, live: _Live) -> None:
+        """Finish and release the sequences of a request that have come to their end; the request with the last of them."""
         for seq in live.seqs:
             if not seq.request.generate and seq.n_computed == len(seq.tokens) and not seq.done:
                 self._finish(live, seq, "length")

@@ -130,6 +130,7 @@ class KVCache:
         self.positions = [np.full((n, g.page_size), -1, np.int32) for g, n in zip(self.groups, counts, strict=True)]
         self._flat = [p.reshape(-1) for p in self.positions]
         self._sizes = [g.page_size for g in self.groups]
+        self.has_windows = any(isinstance(g.spec, Window) for g in self.groups)
 
     # handles
 
@@ -167,14 +168,16 @@ class KVCache:
 
     # the step: reserve, tables, settle
 
-    def reserve(self, kv: SeqKV, positions: np.ndarray) -> list[np.ndarray] | None:
+    def reserve(self, kv: SeqKV, positions: Sequence[int] | np.ndarray) -> list[Sequence[int]] | None:
         """Room for one row per position at the end of every group.
 
-        positions: int (n_rows,). Returns the rows' slots, int64 (n_rows,) per group; None, with the sequence unchanged,
-        when a group lacks pages even if the prefix index gives up all that only it holds.
+        Returns the rows' slots per group; None, with the sequence unchanged, when a group lacks pages even if the prefix
+        index gives up all that only it holds.
         """
         assert not kv.n_reserved, "settle the rows of the last step first"
         n = len(positions)
+        if n == 1 and (room := self._reserve_next(kv, int(positions[0]))) is not None:
+            return room
         short: list[int] = []
         needs: list[tuple[int, int]] = []
         for g, size in enumerate(self._sizes):
@@ -186,24 +189,35 @@ class KVCache:
                 needs.append((g, n_short + n_copy))
         if needs and not self._room(needs):
             return None
-        slots: list[np.ndarray] = []
+        slots: list[Sequence[int]] = []
         for g, size in enumerate(self._sizes):
             length = kv.lens[g]
-            table = kv.tables[g]
-            if n and length % size and self._is_shared(g, table[length // size]):
+            if n and length % size and self._is_shared(g, kv.tables[g][length // size]):
                 self._own(kv, g, [length // size])
             if short[g]:
                 self._append(kv, g, self.pools[g].take(short[g]))
-                table = kv.tables[g]
-            if n == 1:  # decoding: scalars are several times cheaper than arrays of one
-                slot = int(table[length // size]) * size + length % size
-                self._flat[g][slot] = positions[0]
-                slots.append(np.array((slot,), np.int64))
-            else:
-                slots.append(self._slots(kv, g, np.arange(length, length + n)))
-                self._flat[g][slots[g]] = positions
+            found = self._slots(kv, g, np.arange(length, length + n))
+            self._flat[g][found] = positions
+            slots.append(found.tolist())
             kv.lens[g] = length + n
         kv.n_reserved = n
+        return slots
+
+    def _reserve_next(self, kv: SeqKV, position: int) -> list[Sequence[int]] | None:
+        """One more row where that needs neither a new page nor a copy in any group: nearly always, when decoding."""
+        slots: list[Sequence[int]] = []
+        for size, length, table, pool in zip(self._sizes, kv.lens, kv.tables, self.pools, strict=True):
+            offset = length % size
+            if not offset:
+                return None
+            page = table.item(length // size)
+            if pool.refs[page] > 1:
+                return None
+            slots.append((page * size + offset,))
+        for g, (slot,) in enumerate(slots):
+            self._flat[g][slot] = position
+            kv.lens[g] += 1
+        kv.n_reserved = 1
         return slots
 
     def settle(self, kv: SeqKV, rows: Sequence[int] | np.ndarray | None = None) -> None:
@@ -227,7 +241,13 @@ class KVCache:
             self._truncate(kv, g, base + n_kept)
 
     def tables(self, kvs: Sequence[SeqKV], group: int) -> tuple[np.ndarray, np.ndarray]:
-        """Page tables int32 (n_seqs, max_pages), -1 where there is no page, and lengths int32 (n_seqs,)."""
+        """Page tables int32 (n_seqs, max_pages), -1 where there is no page, and lengths int32 (n_seqs,).
+
+        They hold until the cache changes.
+        """
+        if len(kvs) == 1:
+            (kv,) = kvs
+            return kv.tables[group][None, : kv.n_pages[group] or 1], np.array([kv.lens[group]], np.int32)
         counts = [kv.n_pages[group] for kv in kvs]
         out = np.full((len(counts), max(counts, default=1) or 1), -1, np.int32)
         for i, n in enumerate(counts):

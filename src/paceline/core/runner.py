@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from paceline.core.build import build, wanted_rows
+from paceline.core.build import build
 from paceline.core.kvcache import KVCache, of_layer
 from paceline.core.sampler import Drawn, LogitsPart, Sampler
 from paceline.core.scheduler import FirstCome, Limits, Policy, Prefix, Scheduler, Share
@@ -60,6 +60,7 @@ class Runner:
         self.sampler = Sampler(self.ops, parts.logits, eos)
         self.append = append
         self.of_layer = of_layer(cache.groups)
+        self._page = cache.groups[0].page_size  # the prefix index takes whole pages
         self.n_steps = 0
 
     def step(self, now: float) -> list[Sequence]:
@@ -72,14 +73,11 @@ class Runner:
         batch = build(shares, self.cache, self.of_layer)
         bound = self.ops.begin(batch)
         program = self.model.program
-        x = program.embed(bound)
-        for layer in program.layers:
-            x = layer(x, bound)
-        if any(s.seq.request.pool in ("mean", "last") for s in shares):
-            self._pool(shares, batch.cu_rows, self.ops.numpy(program.norm(x, bound)))
-        logits = np.empty((0, 0), np.float32)
-        if len(batch.want):
-            logits = self.ops.numpy(program.head(self.ops.wanted(x, bound), bound))
+        if any(not s.seq.plain and s.seq.request.pool in ("mean", "last") for s in shares):
+            hidden, logits = map(self.ops.numpy, program.hidden(bound))
+            self._pool(shares, batch.cu_rows, hidden)
+        else:
+            logits = self.ops.numpy(program.forward(bound))
         return self._commit(shares, logits)
 
     def _propose(self) -> None:
@@ -102,34 +100,36 @@ class Runner:
 
     def _commit(self, shares: Seq[Share], logits: np.ndarray) -> list[Sequence]:
         touched: list[Sequence] = []
-        draws: list[tuple[Sequence, int]] = []
+        draws: list[Sequence] = []
+        rows: list[int] = []
         at = 0
         for share in shares:
-            seq, n_want = share.seq, len(wanted_rows(share))
-            rows = logits[at : at + n_want]
-            at += n_want
-            if seq.params.prompt_logprobs is not None and seq.n_computed < seq.n_prompt:
-                self._prompt_logprobs(share, rows)
-            if seq.request.pool == "logits":
-                seq.rows.append(rows.copy())
+            seq, first = share.seq, at
+            at += len(share.want)
+            if not seq.plain:
+                self._collect(share, logits[first:at])
             if share.n_draft:
-                touched.append(self._settle_draft(share, rows[-1 - share.n_draft :]))
+                touched.append(self._settle_draft(share, logits[at - 1 - share.n_draft : at]))
                 continue
-            self.cache.settle(seq.kv, range(share.n))
+            self.cache.settle(seq.kv)
             seq.n_computed += share.n
             if seq.n_computed == len(seq.tokens):
                 touched.append(seq)
-                if seq.request.generate:
-                    draws.append((seq, at - 1))
-                    draws += [(child, at - 1) for child in self._fork_siblings(seq)]
+                if seq.plain or seq.request.generate:
+                    draws.append(seq)
+                    rows.append(at - 1)
+                    if seq.siblings:
+                        children = self._fork_siblings(seq)
+                        draws += children
+                        touched += children
+                        rows += [at - 1] * len(children)
         if draws:
-            drawn = self.sampler.draw([s for s, _ in draws], logits[[r for _, r in draws]])
-            for (seq, _), d in zip(draws, drawn, strict=True):
+            every = rows == list(range(len(logits)))  # a copy of all of them would cost as much as the sampling
+            for seq, d in zip(draws, self.sampler.draw(draws, logits if every else logits[rows]), strict=True):
                 self._take(seq, d)
-                if seq not in touched:
-                    touched.append(seq)
         for share in shares:
-            self._after(share.seq)
+            if share.seq.kv is not None:
+                self._after(share.seq)
         return touched
 
     def _take(self, seq: Sequence, drawn: Drawn) -> bool:
@@ -168,6 +168,14 @@ class Runner:
             self.scheduler.run(child)
         return children
 
+    def _collect(self, share: Share, rows: np.ndarray) -> None:
+        """What the request asks for besides tokens."""
+        seq = share.seq
+        if seq.params.prompt_logprobs is not None and seq.n_computed < seq.n_prompt:
+            self._prompt_logprobs(share, rows)
+        if seq.request.pool == "logits":
+            seq.rows.append(rows.copy())
+
     def _prompt_logprobs(self, share: Share, rows: np.ndarray) -> None:
         seq = share.seq
         if seq.prompt_logprobs is None:
@@ -181,13 +189,13 @@ class Runner:
 
     def _after(self, seq: Sequence) -> None:
         """The rest of commit: policies, the prefix index, windows."""
-        if seq.kv is None:
-            return
         for policy in self.parts.kv_policy:
             policy.after_commit(seq, self.cache)
-        if self.parts.prefix is not None and seq.finish_reason != "error":
-            self.parts.prefix.insert(seq.tokens, seq.kv, seq.request.salt)
-        self.cache.trim(seq.kv)
+        kv, prefix = seq.kv, self.parts.prefix
+        if prefix is not None and kv.lens[0] - kv.n_indexed >= self._page and seq.finish_reason != "error":
+            prefix.insert(seq.tokens, kv, seq.request.salt)
+        if self.cache.has_windows:
+            self.cache.trim(kv)
 
 
 def prune(draft: Draft, depth: int) -> Draft:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -28,20 +28,13 @@ class LogitsPart(Protocol):
         """float32 (n_vocab,) to float32 (n_vocab,); may write in place."""
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(NamedTuple):
     token: int  # -1: the logits were unusable
     logprob: TokenLogprob | None
 
 
 def needs_adjusting(p: SamplingParams, n_output: int) -> bool:
-    return bool(
-        p.repetition_penalty != 1.0
-        or p.presence_penalty
-        or p.frequency_penalty
-        or p.logit_bias
-        or n_output < p.min_tokens
-    )
+    return p.adjusts or n_output < p.min_tokens
 
 
 def penalise(logits: np.ndarray, p: SamplingParams, history: Seq[int], n_prompt: int) -> None:
@@ -56,18 +49,34 @@ def penalise(logits: np.ndarray, p: SamplingParams, history: Seq[int], n_prompt:
         logits[seen] -= np.float32(p.presence_penalty) + np.float32(p.frequency_penalty) * counts.astype(np.float32)
 
 
+class _Settings:
+    """The parameters of a batch of draws as `ops.sample` takes them."""
+
+    def __init__(self, params: list[SamplingParams]):
+        self.params = params
+        self.temperature = np.array([p.temperature for p in params], np.float32)
+        self.top_k = np.array([p.top_k for p in params], np.int32)
+        self.top_p = np.array([p.top_p for p in params], np.float32)
+        self.min_p = np.array([p.min_p for p in params], np.float32)
+        self.greedy = all(p.temperature < GREEDY_BELOW for p in params)
+        self.zeros = np.zeros(len(params))
+
+
 class Sampler:
     """Chooses tokens for rows of logits."""
 
     def __init__(self, ops: Any, chain: Seq[LogitsPart] = (), eos: frozenset[int] = frozenset()):
         self.ops, self.chain, self.eos = ops, tuple(chain), eos
+        self._settings = _Settings([])
 
-    def adjusted(self, seq: Sequence, logits: np.ndarray, history: Seq[int]) -> np.ndarray | None:
-        """A copy of the row with everything that precedes temperature applied; None where nothing applies."""
+    def adjusts(self, seq: Sequence, history: Seq[int]) -> bool:
+        """Whether anything precedes temperature for the token after `history`."""
+        return bool(self.chain) or needs_adjusting(seq.params, len(history) - seq.n_prompt)
+
+    def adjusted(self, seq: Sequence, logits: np.ndarray, history: Seq[int]) -> np.ndarray:
+        """A copy of the row with everything that precedes temperature applied."""
         p = seq.params
         n_output = len(history) - seq.n_prompt
-        if not needs_adjusting(p, n_output) and not self.chain:
-            return None
         row = logits.astype(np.float32, copy=True)
         penalise(row, p, history, seq.n_prompt)
         for token, bias in p.logit_bias.items():
@@ -82,32 +91,26 @@ class Sampler:
         """One token for each sequence from its row of logits (n, n_vocab)."""
         rows = logits
         for i, seq in enumerate(seqs):
-            row = self.adjusted(seq, logits[i], seq.tokens)
-            if row is not None:
+            if self.adjusts(seq, seq.tokens):
                 if rows is logits:
                     rows = logits.copy()
-                rows[i] = row
+                rows[i] = self.adjusted(seq, logits[i], seq.tokens)
         tokens = self._sample(seqs, rows, [len(s.tokens) for s in seqs])
         return self._with_logprobs(seqs, logits, tokens)
 
     def _sample(self, seqs: Seq[Sequence], rows: np.ndarray, places: Seq[int]) -> np.ndarray:
-        params = [s.params for s in seqs]
-        u = [
-            rng.uniform(s.seed, at) if p.temperature >= GREEDY_BELOW else 0.0
-            for s, p, at in zip(seqs, params, places, strict=True)
-        ]
-        return self.ops.sample(
-            np.ascontiguousarray(rows, np.float32),
-            np.array([p.temperature for p in params], np.float32),
-            np.array([p.top_k for p in params], np.int32),
-            np.array([p.top_p for p in params], np.float32),
-            np.array([p.min_p for p in params], np.float32),
-            np.array(u, np.float64),
-        )
+        params = [s.request.params for s in seqs]
+        settings = self._settings
+        if settings.params != params:  # by identity first; the same requests usually decode together for many steps
+            settings = self._settings = _Settings(params)
+        u = settings.zeros
+        if not settings.greedy:
+            u = np.array([rng.uniform(s.seed, at) for s, at in zip(seqs, places, strict=True)], np.float64)
+        return self.ops.sample(rows, settings.temperature, settings.top_k, settings.top_p, settings.min_p, u)
 
     def _with_logprobs(self, seqs: Seq[Sequence], logits: np.ndarray, tokens: np.ndarray) -> list[Drawn]:
-        wanting = [i for i, s in enumerate(seqs) if s.params.logprobs is not None and tokens[i] >= 0]
-        out = [Drawn(int(t), None) for t in tokens]
+        out = [Drawn(t, None) for t in tokens.tolist()]
+        wanting = [i for i, s in enumerate(seqs) if s.request.params.logprobs is not None and out[i].token >= 0]
         if wanting:
             n_top = max(int(seqs[i].params.logprobs or 0) for i in wanting)
             found = self.logprobs(logits[wanting], tokens[wanting], n_top)
@@ -151,8 +154,8 @@ class _Target:
 
     def _row(self, node: int, path: tuple[int, ...]) -> np.ndarray:
         history = self.seq.tokens + [int(self.draft.tokens[i]) for i in path]
-        row = self.sampler.adjusted(self.seq, self.logits[node + 1], history)
-        return self.logits[node + 1] if row is None else row
+        row = self.logits[node + 1]
+        return self.sampler.adjusted(self.seq, row, history) if self.sampler.adjusts(self.seq, history) else row
 
     def draw(self, node: int, path: tuple[int, ...]) -> int:
         place = len(self.seq.tokens) + len(path)

@@ -11,8 +11,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-
 from paceline.core.batch import MAX_TREE
 from paceline.core.kvcache import KVCache
 from paceline.core.sequence import NO_DRAFT, Sequence
@@ -68,14 +66,19 @@ class Prefix(Protocol):
         """Assert the index's own integrity."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Share:
-    """`n` pending rows of a sequence, `n_draft` of which are draft nodes; slots per KV group."""
+    """`n` pending rows of a sequence, of which the last `n_draft` are draft nodes.
+
+    positions: places in the text of the rows; slots: per KV group those of the rows; want: rows (from 0) whose logits somebody reads.
+    """
 
     seq: Sequence
     n: int
     n_draft: int
-    slots: Any
+    positions: Seq[int]
+    slots: list[Seq[int]]
+    want: range
 
 
 class Scheduler:
@@ -111,13 +114,16 @@ class Scheduler:
     def schedule(self, now: float) -> list[Share]:
         shares: list[Share] = []
         rows, n_before = self.limits.max_rows, self.n_preempted
-        tree = any(not s.draft.is_chain for s in self.running)
+        tree = any(not s.draft.is_chain for s in self.running if s.draft is not NO_DRAFT)
         chunk = min(self.limits.chunk, MAX_TREE) if tree else self.limits.chunk
         # decodes (little pending) before chunks of prompts, so that nobody's next token waits for another's prompt
-        for seq in sorted(self.policy.order(self.running, now), key=lambda s: s.pending > 1 + len(s.draft)):
+        order = self.policy.order(self.running, now)
+        if any(map(_is_behind, order)):
+            order.sort(key=_is_behind)
+        for seq in order:
             if rows == 0:
                 break
-            if seq not in self.running:  # preempted by an earlier one in this loop
+            if self.n_preempted > n_before and seq not in self.running:  # preempted by an earlier one in this loop
                 continue
             share = self._share(seq, min(rows, chunk), shares)
             if share is not None:
@@ -125,7 +131,7 @@ class Scheduler:
                 rows -= share.n
         if self.n_preempted > n_before:  # pages are short: let the running ones finish first
             return shares
-        return shares + self._admit(rows, chunk, now)
+        return shares + self._admit(rows, chunk, now) if self.waiting else shares
 
     def _admit(self, rows: int, chunk: int, now: float) -> list[Share]:
         shares: list[Share] = []
@@ -191,27 +197,45 @@ class Scheduler:
 
     def _reserve(self, seq: Sequence, rows: int) -> Share | None:
         n_real = len(seq.tokens) - seq.n_computed
-        if seq.params.prompt_logprobs is not None or seq.request.pool == "logits":
+        if not seq.plain and (seq.params.prompt_logprobs is not None or seq.request.pool == "logits"):
             rows = min(rows, self.limits.max_wanted)
         n = min(n_real, rows)
-        n_draft = 0
-        if n == n_real and len(seq.draft):
-            n_draft = min(len(seq.draft), rows - n)
-            if not seq.draft.is_chain:
-                n_draft = min(n_draft, max(0, MAX_TREE - n))
-        seq.draft = seq.draft.cut(n_draft) if n_draft else NO_DRAFT
-        positions = positions_of(seq, n)
+        if seq.draft is not NO_DRAFT:
+            n_draft = self._cut_draft(seq, rows - n) if n == n_real else 0
+            seq.draft = seq.draft.cut(n_draft) if n_draft else NO_DRAFT
+            share = self._of(seq, n, n_draft)
+            if share is not None or not n_draft:
+                return share
+            seq.draft = NO_DRAFT  # a draft is never worth a preemption
+        return self._of(seq, n, 0)
+
+    def _cut_draft(self, seq: Sequence, room: int) -> int:
+        """How many nodes of the draft fit the step."""
+        n = min(len(seq.draft), room)
+        n_real = len(seq.tokens) - seq.n_computed
+        return n if seq.draft.is_chain else min(n, max(0, MAX_TREE - n_real))
+
+    def _of(self, seq: Sequence, n: int, n_draft: int) -> Share | None:
+        """The share of n real rows and the draft, with room for it in the cache; None where there is none."""
+        positions: Seq[int] = range(seq.n_computed, seq.n_computed + n)
+        if n_draft:
+            positions = [*positions, *(len(seq.tokens) - 1 + seq.draft.depths()).tolist()]
         slots = self.cache.reserve(seq.kv, positions)
-        if slots is None and n_draft:  # a draft is never worth a preemption
-            seq.draft, n_draft = NO_DRAFT, 0
-            positions = positions_of(seq, n)
-            slots = self.cache.reserve(seq.kv, positions)
-        return None if slots is None else Share(seq, n + n_draft, n_draft, slots)
+        return None if slots is None else Share(seq, n + n_draft, n_draft, positions, slots, _wanted(seq, n, n_draft))
 
 
-def positions_of(seq: Sequence, n: int) -> np.ndarray:
-    """int32 places in the text of the next n real rows and of the draft behind them."""
-    real = np.arange(seq.n_computed, seq.n_computed + n, dtype=np.int32)
-    if not len(seq.draft):
-        return real
-    return np.concatenate([real, len(seq.tokens) - 1 + seq.draft.depths()]).astype(np.int32)
+def _is_behind(seq: Sequence) -> bool:
+    """Whether it has more to compute than its next token."""
+    return len(seq.tokens) - seq.n_computed > 1
+
+
+def _wanted(seq: Sequence, n_real: int, n_draft: int) -> range:
+    n = n_real + n_draft
+    if seq.plain:
+        return range(n_real - 1, n) if seq.n_computed + n_real == len(seq.tokens) else range(0)
+    request = seq.request
+    if request.pool == "logits" or (request.params.prompt_logprobs is not None and seq.n_computed < seq.n_prompt):
+        return range(n)
+    if seq.n_computed + n_real < len(seq.tokens) or not request.generate:
+        return range(0)
+    return range(n_real - 1, n)

@@ -23,11 +23,11 @@ class Draft:
     q: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return int(self.tokens.shape[0])
+        return len(self.tokens)
 
     @property
     def is_chain(self) -> bool:
-        return bool(np.array_equal(self.parents, np.arange(-1, len(self) - 1)))
+        return len(self.parents) == 0 or bool(np.array_equal(self.parents, np.arange(-1, len(self) - 1)))
 
     def depths(self) -> np.ndarray:
         """Distance of every node from the last real token, from 1."""
@@ -45,7 +45,7 @@ class Draft:
 NO_DRAFT = Draft(np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 
-@dataclass(eq=False)
+@dataclass(slots=True, eq=False)
 class Sequence:
     """`tokens` are committed, `draft` is provisional, the state of the first `n_computed` of them is in the cache.
 
@@ -73,6 +73,11 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    plain: bool = False  # only its next tokens are asked for: no pooling, no logprobs of the prompt
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.plain = request.generate and request.pool is None and request.params.prompt_logprobs is None
 
     @property
     def params(self) -> SamplingParams:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from paceline.core.errors import RequestError
@@ -44,6 +45,12 @@ class SamplingParams:
     logprobs: int | None = None  # how many alternatives with each chosen token; None: none, not even the chosen one's
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+
+    @cached_property
+    def adjusts(self) -> bool:
+        """Whether penalties or biases change the logits."""
+        penalties = self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
+        return bool(penalties or self.logit_bias)
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):

@@ -75,12 +75,15 @@ class Program:
     """A model's parts, prepared by the backend: each takes its activations and, last, what `ops.begin` returned.
 
     embed(batch) and layers[i](x, batch) take all rows of the batch, norm(x, batch) and head(x, batch) any rows.
+    forward(batch) is all of it, the logits (n_want, n_vocab); hidden(batch) gives (normed rows (n_rows, d_model), logits).
     """
 
     embed: Callable[..., Array]
     layers: tuple[Callable[..., Array], ...]
     norm: Callable[..., Array]
     head: Callable[..., Array]
+    forward: Callable[..., Array]
+    hidden: Callable[..., tuple[Array, Array]]
 
 
 def _of_any_rows(part: Callable[..., Array]) -> Callable[..., Array]:
@@ -102,27 +105,31 @@ class Model:
         self.notes: tuple[str, ...] = ()  # what the loader did that the user did not ask for
         self.ropes: dict[str, Rope] = {name: rope.tables(spec, context) for name, spec in config.rope.items()}
         d = (config.d_model,)
-        self.program = Program(
-            embed=ops.compile(self.embed, ()),
-            layers=tuple(ops.compile(self._bind(i), d) for i in range(config.n_layers)),
-            norm=_of_any_rows(ops.compile(lambda x, batch: self.norm(x), d)),
-            head=_of_any_rows(ops.compile(lambda x, batch: self.head(x), d)),
-        )
+        self._run_embed = ops.compile(self.embed, ())
+        self._run_layers = tuple(ops.compile(self._bind(i), d) for i in range(config.n_layers))
+        self._run_norm = _of_any_rows(ops.compile(lambda x, batch: self.norm(x), d))
+        self._run_head = _of_any_rows(ops.compile(lambda x, batch: self.head(x), d))
+        forward, hidden = ops.compile(self.forward, ()), ops.compile(self._run_both, ())
+        self.program = Program(self._run_embed, self._run_layers, self._run_norm, self._run_head, forward, hidden)
 
     def _bind(self, i: int) -> Callable[..., Array]:
         return lambda x, batch: self.layer(i, x, batch)
 
     def forward(self, batch: Any) -> Array:
         """Logits (n_want, n_vocab) of one step; `batch` is what `ops.begin` returned."""
-        return self.program.head(self.ops.wanted(self._layers(batch), batch), batch)
+        return self._run_head(self.ops.wanted(self._run_trunk(batch), batch), batch)
 
     def hidden(self, batch: Any) -> Array:
         """Hidden states (n_rows, d_model) of every row after the final norm."""
-        return self.program.norm(self._layers(batch), batch)
+        return self._run_norm(self._run_trunk(batch), batch)
 
-    def _layers(self, batch: Any) -> Array:
-        x = self.program.embed(batch)
-        for layer in self.program.layers:
+    def _run_both(self, batch: Any) -> tuple[Array, Array]:
+        x = self._run_trunk(batch)
+        return self._run_norm(x, batch), self._run_head(self.ops.wanted(x, batch), batch)
+
+    def _run_trunk(self, batch: Any) -> Array:
+        x = self._run_embed(batch)
+        for layer in self._run_layers:
             x = layer(x, batch)
         return x
 

@@ -56,7 +56,7 @@ class NativeOps:
         self.device = _native.Device(self.isa, n_threads or _native.usable_threads())
         self.n_threads: int = self.device.n_threads
         self._eager: dict[tuple[Any, ...], tuple[_native.Program, tuple[Any, ...]]] = {}
-        self._pools: dict[int, tuple[list[Any], _native.Pools]] = {}
+        self._pools: dict[int, tuple[list[Any], list[Any], _native.Pools]] = {}
         self._layers: tuple[Any, np.ndarray, np.ndarray] | None = None
         self._self_test()
 
@@ -113,16 +113,15 @@ class NativeOps:
         )
 
     def _pools_of(self, g: GroupBatch) -> _native.Pools:
-        """Bound once per group, and again when its arrays are other ones."""
-        arrays = [*g.k, *g.v]
+        """Bound once per group, and again when its lists of arrays are other ones."""
         known = self._pools.get(g.group.id)
-        if known and len(known[0]) == len(arrays) and all(a is b for a, b in zip(known[0], arrays, strict=True)):
-            return known[1]
+        if known is not None and known[0] is g.k and known[1] is g.v:
+            return known[2]
         dtype = str(g.k[0].dtype)
         if dtype not in POOL_DTYPES:
             raise ConfigError(f"kv dtype = {dtype}: the native kernels take {', '.join(POOL_DTYPES)}")
         pools = _native.Pools([_raw(a) for a in g.k], [_raw(a) for a in g.v], list(g.group.heads), dtype)
-        self._pools[g.group.id] = (arrays, pools)
+        self._pools[g.group.id] = (g.k, g.v, pools)
         return pools
 
     def _layer_map(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
@@ -137,12 +136,19 @@ class NativeOps:
         return self._layers[1], self._layers[2]
 
     def compile(self, fn: Callable[..., Any], n_in: tuple[int, ...]) -> Callable[..., Any]:
-        """Trace `fn(*arrays, batch)` into one native program. ConfigError for what the kernels cannot do."""
+        """Trace `fn(*arrays, batch)` into one native program. ConfigError for what the kernels cannot do.
+
+        Within another trace the result is `fn` itself, so that compiled parts make a larger program.
+        """
         recorder = Recorder()
         result = fn(*[recorder.input(n) for n in n_in], recorder)
         results = [result] if isinstance(result, Reg) else list(result)
         run = recorder.finish(self.device, results).run
-        return lambda *args: run(args[-1], *args[:-1])
+
+        def call(*args: Any) -> Any:
+            return fn(*args) if isinstance(args[0], Reg | Recorder) else run(args[-1], *args[:-1])
+
+        return call
 
     def numpy(self, x: Array) -> np.ndarray:
         return np.asarray(x)
@@ -242,7 +248,10 @@ class NativeOps:
 
     def sample(self, logits: np.ndarray, temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray,
                min_p: np.ndarray, u: np.ndarray) -> np.ndarray:  # fmt: skip
-        f32 = np.float32
+        try:  # converting what needs no conversion is not free
+            return self.device.sample(logits, temperature, top_k, top_p, min_p, u)
+        except TypeError:
+            f32 = np.float32
         return self.device.sample(
             np.ascontiguousarray(logits, f32), np.ascontiguousarray(temperature, f32), np.ascontiguousarray(top_k, np.int32),
             np.ascontiguousarray(top_p, f32), np.ascontiguousarray(min_p, f32), np.ascontiguousarray(u, np.float64),

@@ -114,17 +114,16 @@ def plan(lifetimes: Sequence[tuple[int, int, int, int]]) -> tuple[dict[int, int]
     lifetimes: (id, size, first, last) with both ends included. First fit, in the order of `first`.
     """
     places: dict[int, int] = {}
-    placed: list[tuple[int, int, int, int]] = []  # offset, size, first, last
+    placed: list[tuple[int, int, int]] = []  # offset, size, last: those alive
     width = 0
     for i, size, first, last in sorted(lifetimes, key=lambda t: t[2]):
+        placed = [p for p in placed if p[2] >= first]
         at = 0
-        for offset, taken, begin, end in sorted(placed):
-            if end < first or begin > last:
-                continue
+        for offset, taken, _ in sorted(placed):
             if at + size <= offset:
                 break
             at = max(at, offset + taken)
         places[i] = at
-        placed.append((at, size, first, last))
+        placed.append((at, size, last))
         width = max(width, at + size)
     return places, width
