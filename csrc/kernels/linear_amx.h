@@ -229,19 +229,36 @@ template <int kRows, int kBlocks> PL_INLINE void micro(const Job& j, const Plan&
 
 // ---- few rows ----
 
-// Lane blocks [at, at + kBlocks) over all of K, by chunks that fit L1 once unpacked.
-template <int kRows, int kBlocks> void few_blocks(const Job& j, const Plan& p, int64_t at, uint8_t* scratch) {
-  const uint8_t* a = j.a.row(0);
-  const int64_t a_step = j.a.mr * 64, a_block = p.n_tiles * 16 * 64;
+// K tiles [t0, t0 + n) of lane blocks from `at`, unpacked where they must be.
+template <int kBlocks> PL_INLINE Operands few_operands(const Job& j, const Plan& p, int64_t at, int64_t t0, int64_t n, uint8_t* scratch) {
+  const int64_t a_step = j.a.mr * 64;
+  Operands o = {j.a.row(0) + t0 * a_step, p.n_tiles * 16 * 64, a_step, j.weights(at) + t0 * kTile, j.block};
+  if (!p.unpacks) return o;
+  for (int64_t t = 0; t < n; ++t)
+    for (int b = 0; b < kBlocks; ++b) unpack_tile(j, at + b, t0 + t, scratch + p.unpacked_at + (b * p.chunk + t) * kTile);
+  o.b = scratch + p.unpacked_at, o.b_block = p.chunk * kTile;
+  publish(o.b);
+  return o;
+}
+
+// Lane blocks [at, at + kBlocks) over all of K, by chunks that fit L1 once unpacked. Plain sums stay in tiles meanwhile.
+template <Kind kKind, int kRows, int kBlocks> void few_plain(const Job& j, const Plan& p, int64_t at, uint8_t* scratch) {
+  zero_tiles<kRows, kBlocks>();
   for (int64_t t0 = 0; t0 < p.n_tiles; t0 += p.chunk) {
     const int64_t n = min_of(p.chunk, p.n_tiles - t0);
-    Operands o = {a + t0 * a_step, a_block, a_step, j.weights(at) + t0 * kTile, j.block};
-    if (p.unpacks) {
-      for (int64_t t = 0; t < n; ++t)
-        for (int b = 0; b < kBlocks; ++b) unpack_tile(j, at + b, t0 + t, scratch + p.unpacked_at + (b * p.chunk + t) * kTile);
-      o.b = scratch + p.unpacked_at, o.b_block = p.chunk * kTile;
-      publish(o.b);
-    }
+    const Operands o = few_operands<kBlocks>(j, p, at, t0, n, scratch);
+    accumulate<kKind, kRows, kBlocks>(o, n, {o.b + 2 * kPrefetch, j.block, p.unpacks ? 0 : kBlocks, 16});
+  }
+  store_tiles<kRows, kBlocks>(scratch);
+  finish<kKind, kRows, kBlocks>(j, p, {0, at, 0, p.n_tiles, {}, scratch, nullptr, {}}, scratch);
+}
+
+template <int kRows, int kBlocks> void few_blocks(const Job& j, const Plan& p, int64_t at, uint8_t* scratch) {
+  if (p.kind == Kind::bf16) return few_plain<Kind::bf16, kRows, kBlocks>(j, p, at, scratch);
+  if (p.kind == Kind::int8) return few_plain<Kind::int8, kRows, kBlocks>(j, p, at, scratch);
+  for (int64_t t0 = 0; t0 < p.n_tiles; t0 += p.chunk) {
+    const int64_t n = min_of(p.chunk, p.n_tiles - t0);
+    const Operands o = few_operands<kBlocks>(j, p, at, t0, n, scratch);
     const Fetch fetch = {o.b + 2 * kPrefetch, j.block, p.unpacks ? 0 : kBlocks, 16};
     micro<kRows, kBlocks>(j, p, {0, at, t0, n, o, scratch, scratch + p.tmp_at, fetch});
   }
