@@ -60,19 +60,21 @@ void linear(BoundProgram& p, Ref out, Ref x, const nb::object& weight, const May
   p.streams(nb::cast<const BoundWeight&>(weight));
 }
 
-// linear with what surrounds it (ops/record.py fuses): out = add + (before(x) W^T + bias). `add` equal to x: nothing is added.
+// linear with what surrounds it (ops/fuse.py): see LinearArgs. `adds` says whether `add` is more than a placeholder.
 void fused_linear(BoundProgram& p, Ref out, Ref x, Ref add, const nb::object& weight, const MaybeVector& bias, bool adds, const MaybeVector& norm,
                   float eps, float offset, const std::optional<std::string>& gate) {
   const Weight w = p.keep(weight);
-  need(out.cols == w.n_out && (!adds || add.cols == w.n_out) && !(norm && gate), "fused_linear: columns differ, or both a norm and a gate");
-  need(x.cols == w.n_in * (gate ? 2 : 1), "fused_linear: x has other columns than the weight");
+  need(x.cols == w.n_in && out.cols * (gate ? 2 : 1) == w.n_out && (!adds || add.cols == w.n_out), "fused_linear: columns do not fit the weight");
+  need(!gate || (!adds && w.n_out % 32 == 0), "fused_linear: a gate needs whole blocks, and nothing to add");
   const float* b = bias ? p.keep(*bias, w.n_out, "bias") : nullptr;
-  Before before;
-  if (norm) before = {Before::Op::rms_norm, p.keep(*norm, w.n_in, "weight"), eps, offset, Act::silu};
-  if (gate) before = {Before::Op::gated, nullptr, 0, 0, act_named(*gate)};
+  const Norm before = norm ? Norm{p.keep(*norm, w.n_in, "weight"), eps, offset} : Norm{};
+  const Act kind = gate ? act_named(*gate) : Act::silu;
+  const bool gated = gate.has_value();
   const auto kernel = p.need(p.device->kernels.linear, "linear");
   const std::string name = "linear " + std::to_string(w.n_out) + "x" + std::to_string(w.n_in) + " " + nb::cast<const BoundWeight&>(weight).format;
-  p.add(name, out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), w, b, adds ? f.mat(add) : Mat{}, before}); });
+  p.add(name, out, [=](const Ctx& c, const Frame& f) {
+    kernel(c, {f.mat(x), f.mat(out), w, b, adds ? f.mat(add) : Mat{}, before, gated, kind});
+  });
   p.streams(nb::cast<const BoundWeight&>(weight));
 }
 

@@ -17,9 +17,9 @@ namespace PL_ISA {
 namespace {
 
 void run_vector(const Ctx& c, Job& j) {
-  const int64_t unit = j.n_rows == 1 ? 1 : kStrip, n_units = ceil_div(j.n_blocks, unit);  // the balance of one row counts most
-  const int64_t n = even_tasks(c, n_units, unit * j.block * max_of<int64_t>(1, j.n_rows / 4));
-  parallel(c, n, [&](int64_t t, int) { vector_strip(j, n_units * t / n * unit, min_of(j.n_blocks, n_units * (t + 1) / n * unit)); });
+  const int64_t unit = j.n_rows == 1 ? 1 : kStrip, n_units = ceil_div(j.n_lead, unit);  // the balance of one row counts most
+  const int64_t n = even_tasks(c, n_units, unit * (j.gate ? 2 : 1) * j.block * max_of<int64_t>(1, j.n_rows / 4));
+  parallel(c, n, [&](int64_t t, int) { vector_strip(j, n_units * t / n * unit, min_of(j.n_lead, n_units * (t + 1) / n * unit)); });
 }
 
 void linear(const Ctx& c, const LinearArgs& a) {
@@ -27,6 +27,8 @@ void linear(const Ctx& c, const LinearArgs& a) {
   j.w = a.w, j.out = a.out, j.add = a.add, j.bias = a.bias;
   j.n_rows = c.n_rows, j.k = padded_k(a.w), j.block = block_bytes(a.w), j.n_blocks = ceil_div(a.w.n_out, 16);
   j.n_groups = a.w.group ? j.k / a.w.group : 1;
+  j.gate = a.gate, j.kind = a.kind, j.n_lead = a.gate ? j.n_blocks / 2 : j.n_blocks;
+  j.apart = a.gate ? j.n_lead : 1, j.step = j.apart * j.block;
   const bool codes = !is_float(a.w.format);
 #if PL_AMX
   const int64_t few = a.w.format == Format::int4g && a.w.group == 32 ? kVnniRows32 : kVnniRows;

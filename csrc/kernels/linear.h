@@ -1,6 +1,7 @@
 // What the linear kernels share: blocking parameters, prepared activations, and the arithmetic that every path must do alike.
 #pragma once
 #include "paceline/tile.h"
+#include "rows.h"
 
 namespace paceline {
 namespace PL_ISA {
@@ -69,6 +70,11 @@ struct Job {
   int64_t n_rows, k, block;  // padded k, bytes of a block
   int64_t n_blocks;
   int64_t n_groups;          // of the weights
+  bool gate;
+  Act kind;
+  // Blocks that are handled together lie `apart` blocks, `step` bytes from each other: neighbours, or a block of gates and its ups.
+  // `n_lead` of them come first in such a set.
+  int64_t apart, step, n_lead;
   PL_INLINE const uint8_t* weights(int64_t b) const { return static_cast<const uint8_t*>(w.data) + b * block; }
 };
 
@@ -224,6 +230,24 @@ PL_INLINE void store_block(const Job& j, int64_t row, int64_t block, V y) {
     if (j.bias) y = vadd(y, vload(j.bias + n, left));
     if (j.add.p) y = vadd(vload(j.add.row(row) + n, left), y);
     vstore(out, y, left);
+  }
+}
+
+// The result of a pair of blocks, `block` of the gates and its ups.
+__attribute__((noinline)) inline void store_gated(const Job& j, int64_t row, int64_t block, V gate, V up) {
+  const int64_t n = block * 16;
+  if (j.bias) gate = vadd(gate, vload(j.bias + n)), up = vadd(up, vload(j.bias + j.w.n_out / 2 + n));
+  with_act(j.kind, [&](auto g) { vstore(j.out.row(row) + n, vmul(g(gate), up)); });
+}
+
+// Rows [row, row + MR) of the blocks from `block` on.
+template <int MR, int NB> PL_INLINE void store_rows(const Job& j, int64_t row, int64_t block, const V (&y)[MR][NB]) {
+  for (int r = 0; r < MR; ++r) {
+    if (NB == 2 && j.gate) {
+      store_gated(j, row + r, block, y[r][0], y[r][NB - 1]);
+    } else {
+      for (int b = 0; b < NB; ++b) store_block(j, row + r, block + b, y[r][b]);
+    }
   }
 }
 

@@ -29,7 +29,7 @@ struct Plan {
   bool unpacks;            // B comes from scratch
   int64_t mr;              // rows of an A tile
   int64_t n_tiles, chunk;  // k tiles, and how many make a chunk
-  int64_t strip, panel;    // lane blocks, rows
+  int64_t strip, panel;    // leading lane blocks, rows
   int64_t n_strips, n_panels;
   uint8_t* scratch;        // per thread
   int64_t scratch_size, unpacked_at, tmp_at;
@@ -162,16 +162,20 @@ struct Micro { int64_t row, block, t0, n; Operands o; uint8_t *sums, *tmp; Fetch
 
 // The finished sums at `from` (tiles of C) to the output.
 template <Kind kKind, int kRows, int kBlocks> PL_INLINE void finish(const Job& j, const Plan& p, const Micro& m, const uint8_t* from) {
-  for (int rb = 0; rb < kRows; ++rb)
-    for (int b = 0; b < kBlocks; ++b) {
-      const Scales s = kKind == Kind::int8 ? scales_of(j.w, 1, m.block + b, 0) : Scales{vzero(), vzero()};
-      const int64_t row = m.row + rb * p.mr, rows = min_of(p.mr, j.n_rows - row);
-      const uint8_t* c = from + (rb * kBlocks + b) * kTile;
-      for (int64_t r = 0; r < rows; ++r, c += 64) {
-        if constexpr (kKind == Kind::int8) store_block(j, row + r, m.block + b, fold<false>(vzero(), iload(c), j.a.scale[j.a.scale_at(row + r, 0)], 0, s));
-        else store_block(j, row + r, m.block + b, vload(reinterpret_cast<const float*>(c)));
+  Scales s[kBlocks];
+  for (int b = 0; b < kBlocks; ++b) s[b] = kKind == Kind::int8 ? scales_of(j.w, 1, m.block + b * j.apart, 0) : Scales{vzero(), vzero()};
+  for (int rb = 0; rb < kRows; ++rb) {
+    const int64_t row = m.row + rb * p.mr, rows = min_of(p.mr, j.n_rows - row);
+    for (int64_t r = 0; r < rows; ++r) {
+      V y[1][kBlocks];
+      for (int b = 0; b < kBlocks; ++b) {
+        const uint8_t* c = from + (rb * kBlocks + b) * kTile + r * 64;
+        if constexpr (kKind == Kind::int8) y[0][b] = fold<false>(vzero(), iload(c), j.a.scale[j.a.scale_at(row + r, 0)], 0, s[b]);
+        else y[0][b] = vload(reinterpret_cast<const float*>(c));
       }
+      store_rows(j, row + r, m.block, y);
     }
+  }
 }
 
 // One sum in float32 (bf16) or int32 over all of K; it waits at `sums` between chunks.
@@ -186,7 +190,7 @@ template <Kind kKind, int kRows, int kBlocks> void micro_plain(const Job& j, con
 // Int32 sums of group g at `tmp` into the float32 ones.
 template <bool kMins, int kRows, int kBlocks> PL_INLINE void fold_tiles(const Job& j, const Plan& p, const Micro& m, int64_t g, const uint8_t* tmp) {
   for (int b = 0; b < kBlocks; ++b) {
-    const Scales s = scales_of(j.w, j.n_groups, m.block + b, g);
+    const Scales s = scales_of(j.w, j.n_groups, m.block + b * j.apart, g);
     for (int rb = 0; rb < kRows; ++rb) {
       const uint8_t* dot = tmp + (rb * kBlocks + b) * kTile;
       float* sum = reinterpret_cast<float*>(m.sums + (rb * kBlocks + b) * kTile);
@@ -232,10 +236,10 @@ template <int kRows, int kBlocks> PL_INLINE void micro(const Job& j, const Plan&
 // K tiles [t0, t0 + n) of lane blocks from `at`, unpacked where they must be.
 template <int kBlocks> PL_INLINE Operands few_operands(const Job& j, const Plan& p, int64_t at, int64_t t0, int64_t n, uint8_t* scratch) {
   const int64_t a_step = j.a.mr * 64;
-  Operands o = {j.a.row(0) + t0 * a_step, p.n_tiles * 16 * 64, a_step, j.weights(at) + t0 * kTile, j.block};
+  Operands o = {j.a.row(0) + t0 * a_step, p.n_tiles * 16 * 64, a_step, j.weights(at) + t0 * kTile, j.step};
   if (!p.unpacks) return o;
   for (int64_t t = 0; t < n; ++t)
-    for (int b = 0; b < kBlocks; ++b) unpack_tile(j, at + b, t0 + t, scratch + p.unpacked_at + (b * p.chunk + t) * kTile);
+    for (int b = 0; b < kBlocks; ++b) unpack_tile(j, at + b * j.apart, t0 + t, scratch + p.unpacked_at + (b * p.chunk + t) * kTile);
   o.b = scratch + p.unpacked_at, o.b_block = p.chunk * kTile;
   publish(o.b);
   return o;
@@ -247,7 +251,7 @@ template <Kind kKind, int kRows, int kBlocks> void few_plain(const Job& j, const
   for (int64_t t0 = 0; t0 < p.n_tiles; t0 += p.chunk) {
     const int64_t n = min_of(p.chunk, p.n_tiles - t0);
     const Operands o = few_operands<kBlocks>(j, p, at, t0, n, scratch);
-    accumulate<kKind, kRows, kBlocks>(o, n, {o.b + 2 * kPrefetch, j.block, p.unpacks ? 0 : kBlocks, 16});
+    accumulate<kKind, kRows, kBlocks>(o, n, {o.b + 2 * kPrefetch, j.step, p.unpacks ? 0 : kBlocks, 16});
   }
   store_tiles<kRows, kBlocks>(scratch);
   finish<kKind, kRows, kBlocks>(j, p, {0, at, 0, p.n_tiles, {}, scratch, nullptr, {}}, scratch);
@@ -259,7 +263,7 @@ template <int kRows, int kBlocks> void few_blocks(const Job& j, const Plan& p, i
   for (int64_t t0 = 0; t0 < p.n_tiles; t0 += p.chunk) {
     const int64_t n = min_of(p.chunk, p.n_tiles - t0);
     const Operands o = few_operands<kBlocks>(j, p, at, t0, n, scratch);
-    const Fetch fetch = {o.b + 2 * kPrefetch, j.block, p.unpacks ? 0 : kBlocks, 16};
+    const Fetch fetch = {o.b + 2 * kPrefetch, j.step, p.unpacks ? 0 : kBlocks, 16};
     micro<kRows, kBlocks>(j, p, {0, at, t0, n, o, scratch, scratch + p.tmp_at, fetch});
   }
 }
@@ -269,7 +273,11 @@ inline void few_rows(const Job& j, const Plan& p, int64_t first, int64_t last, u
   const bool two = j.n_rows > 16;
   for (int64_t at = first; at < last;) {
     const int64_t left = last - at;
-    if (two) {
+    if (j.gate) {
+      if (two) few_blocks<2, 2>(j, p, at, scratch);
+      else few_blocks<1, 2>(j, p, at, scratch);
+      at += 1;
+    } else if (two) {
       if (left >= 2) few_blocks<2, 2>(j, p, at, scratch), at += 2;
       else few_blocks<2, 1>(j, p, at, scratch), at += 1;
     } else {
@@ -285,16 +293,16 @@ inline void few_rows(const Job& j, const Plan& p, int64_t first, int64_t last, u
 // A pair of lane blocks (or the last one) for all rows of the panel, over k tiles [t0, t0 + n); `next` is fetched meanwhile.
 template <int kBlocks>
 void panel_rows(const Job& j, const Plan& p, int64_t at, int64_t row0, int64_t row1, int64_t t0, int64_t n, const uint8_t* next, uint8_t* sums, uint8_t* scratch) {
-  Operands o = {nullptr, p.n_tiles * 16 * 64, 16 * 64, j.weights(at) + t0 * kTile, j.block};
+  Operands o = {nullptr, p.n_tiles * 16 * 64, 16 * 64, j.weights(at) + t0 * kTile, j.step};
   if (p.unpacks) {
     o.b = scratch + p.unpacked_at, o.b_block = p.chunk * kTile;
     for (int b = 0; b < kBlocks; ++b)
-      for (int64_t t = 0; t < n; ++t) unpack_tile(j, at + b, t0 + t, scratch + p.unpacked_at + (b * p.chunk + t) * kTile);
+      for (int64_t t = 0; t < n; ++t) unpack_tile(j, at + b * j.apart, t0 + t, scratch + p.unpacked_at + (b * p.chunk + t) * kTile);
   }
   publish(o.b);
   for (int64_t row = row0; row < row1; row += 32, sums += 2 * kBlocks * kTile) {
     o.a = j.a.row(row) + t0 * 16 * 64;
-    const Fetch fetch = {next + (row - row0) / 32 * n * 64, j.block, p.unpacks ? 0 : kBlocks, 1};
+    const Fetch fetch = {next + (row - row0) / 32 * n * 64, j.step, p.unpacks ? 0 : kBlocks, 1};
     const Micro m = {row, at, t0, n, o, sums, scratch + p.tmp_at, fetch};
     if (row1 - row > 16) micro<2, kBlocks>(j, p, m);
     else micro<1, kBlocks>(j, p, m);
@@ -303,14 +311,14 @@ void panel_rows(const Job& j, const Plan& p, int64_t at, int64_t row0, int64_t r
 
 inline void many_rows(const Job& j, const Plan& p, int64_t first, int64_t last, int64_t row0, int64_t row1, uint8_t* scratch) {
   publish(j.a.q);
-  const int64_t pair_sums = ceil_div(row1 - row0, 32) * 4 * kTile;
+  const int64_t pair_sums = ceil_div(row1 - row0, 32) * 4 * kTile, lead = j.gate ? 1 : 2;  // leading blocks of a pair
   for (int64_t t0 = 0; t0 < p.n_tiles; t0 += p.chunk) {
     const int64_t n = min_of(p.chunk, p.n_tiles - t0);
-    for (int64_t at = first; at < last; at += 2) {
-      const bool more = at + 2 < last;
-      const uint8_t* next = more ? j.weights(at + 2) + t0 * kTile : j.weights(first) + min_of(t0 + n, p.n_tiles - 1) * kTile;
-      uint8_t* sums = scratch + (p.chunk == p.n_tiles ? 0 : (at - first) / 2 * pair_sums);
-      if (last - at > 1) panel_rows<2>(j, p, at, row0, row1, t0, n, next, sums, scratch);
+    for (int64_t at = first; at < last; at += lead) {
+      const bool more = at + lead < last;
+      const uint8_t* next = more ? j.weights(at + lead) + t0 * kTile : j.weights(first) + min_of(t0 + n, p.n_tiles - 1) * kTile;
+      uint8_t* sums = scratch + (p.chunk == p.n_tiles ? 0 : (at - first) / lead * pair_sums);
+      if (j.gate || last - at > 1) panel_rows<2>(j, p, at, row0, row1, t0, n, next, sums, scratch);
       else panel_rows<1>(j, p, at, row0, row1, t0, n, next, sums, scratch);
     }
   }
@@ -345,11 +353,12 @@ inline Plan amx_plan(const Ctx& c, const Job& j) {
   p.chunk = p.n_tiles <= limit + limit / 2 ? p.n_tiles : limit;
   p.panel = few ? j.n_rows : kPanelRows;
   p.n_panels = ceil_div(j.n_rows, p.panel);
-  const int64_t share = ceil_div(j.n_blocks * p.n_panels, kTasksPerThread * pool_size(c.pool));
-  p.strip = few ? round_up(ceil_div(j.n_blocks, even_tasks(c, j.n_blocks, j.block)), 2) : round_up(min_of(kMaxStrip, max_of<int64_t>(2, share)), 2);
-  p.strip = min_of(p.strip, round_up(j.n_blocks, 2));
-  p.n_strips = ceil_div(j.n_blocks, p.strip);
-  const int64_t n_pairs = p.chunk == p.n_tiles ? 1 : round_up(p.strip, 2) / 2, row_pairs = ceil_div(min_of(p.panel, j.n_rows), 32);
+  const int64_t lead = j.gate ? 1 : 2;  // leading blocks of a pair
+  const int64_t share = ceil_div(j.n_lead * p.n_panels, kTasksPerThread * pool_size(c.pool));
+  p.strip = few ? ceil_div(j.n_lead, even_tasks(c, j.n_lead, j.block * 2 / lead)) : min_of(kMaxStrip * lead / 2, max_of(lead, share));
+  p.strip = round_up(p.strip, lead);
+  p.n_strips = ceil_div(j.n_lead, p.strip);
+  const int64_t n_pairs = p.chunk == p.n_tiles ? 1 : p.strip / lead, row_pairs = ceil_div(min_of(p.panel, j.n_rows), 32);
   p.unpacked_at = (few ? 1 : n_pairs * row_pairs) * 4 * kTile;
   p.tmp_at = p.unpacked_at + (p.unpacks ? 4 * p.chunk * kTile : 0) + 1088;
   p.scratch_size = p.tmp_at + 10 * kTile;
@@ -360,7 +369,7 @@ inline Plan amx_plan(const Ctx& c, const Job& j) {
 inline void run_amx(const Ctx& c, const Job& j) {
   const Plan p = amx_plan(c, j);
   parallel(c, p.n_strips * p.n_panels, [&](int64_t task, int thread) {
-    const int64_t first = task % p.n_strips * p.strip, last = min_of(j.n_blocks, first + p.strip), row0 = task / p.n_strips * p.panel;
+    const int64_t first = task % p.n_strips * p.strip, last = min_of(j.n_lead, first + p.strip), row0 = task / p.n_strips * p.panel;
     uint8_t* scratch = p.scratch + thread * p.scratch_size;
     configure(p, j);
     if (j.n_rows <= kFewRows) few_rows(j, p, first, last, scratch);

@@ -1,7 +1,6 @@
 // Activations into the order, precision and codes the kernels read: once per call, rows in parallel.
 #pragma once
 #include "linear.h"
-#include "rows.h"
 
 namespace paceline {
 namespace PL_ISA {
@@ -93,15 +92,14 @@ inline void copy_row(const float* x, int64_t n, int64_t k, bool round, float* to
 // f(row r, its n values) for every row as it comes into the product, in equal tasks.
 template <class F> PL_INLINE void each_input(const Ctx& c, const LinearArgs& a, F f) {
   const int64_t n = a.w.n_in, wide = round_up(n, 16) + 16, tasks = even_tasks(c, c.n_rows, n * 8);
-  const Before& before = a.before;
-  float* buffers = before.op == Before::Op::none ? nullptr : take<float>(c, wide * pool_size(c.pool));
+  const Norm& norm = a.norm;
+  float* buffers = norm.weight ? take<float>(c, wide * pool_size(c.pool)) : nullptr;
   parallel(c, tasks, [&](int64_t t, int thread) {
     float* own = buffers + thread * wide;
     for (int64_t r = c.n_rows * t / tasks; r < c.n_rows * (t + 1) / tasks; ++r) {
       const float* x = a.x.row(r);
-      if (before.op == Before::Op::rms_norm) rms_norm_run(x, own, before.weight, n, before.eps, before.offset);
-      if (before.op == Before::Op::gated) gated_row(x, own, n, before.kind);
-      f(r, before.op == Before::Op::none ? x : own);
+      if (norm.weight) rms_norm_run(x, own, norm.weight, n, norm.eps, norm.offset);
+      f(r, norm.weight ? own : x);
     }
   });
 }
@@ -115,7 +113,7 @@ PL_INLINE Coding8 coding_of(const Weight& w, bool for_tiles) {
 // Rows as floats, padded to k and rounded when the weights are bfloat16.
 inline Rows prepare_floats(const Ctx& c, const LinearArgs& a, int64_t k) {
   Rows rows = {a.x.p, a.x.stride, nullptr, 1, 0, 0, 0, nullptr, nullptr, nullptr};
-  if (a.w.format == Format::f32 && a.before.op == Before::Op::none) return rows;
+  if (a.w.format == Format::f32 && !a.norm.weight) return rows;
   const int64_t wide = round_up(k, 16);
   float* to = take<float>(c, c.n_rows * wide);
   rows.x = to, rows.ldx = wide;

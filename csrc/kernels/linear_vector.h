@@ -16,7 +16,7 @@ constexpr int wide(int mr) { return mr == 1 ? 2 : 1; }
 
 // What a block's stream will need next, from `offset` on: near its end that is the beginning of the block that takes its place.
 template <int NB> PL_INLINE int64_t ahead_of(const Job& j, int64_t offset) {
-  return offset + kPrefetch < j.block ? kPrefetch : kPrefetch + (NB - 1) * j.block;
+  return offset + kPrefetch < j.block || j.gate ? kPrefetch : kPrefetch + (NB - 1) * j.block;
 }
 PL_INLINE void ahead(const uint8_t* p) { __builtin_prefetch(p, 0, 3); }
 
@@ -59,7 +59,7 @@ template <Format F, int MR, int NB> void float_rows(const Job& j, int64_t row, i
     for (int64_t k = 0; k < j.k; k += 2) {
       const int64_t next = ahead_of<NB>(j, k * 32);
       for (int b = 0; b < NB; ++b) {
-        const uint8_t* p = w + b * j.block + k * 32;
+        const uint8_t* p = w + b * j.step + k * 32;
         ahead(p + next);
         const __m512bh wv = reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
         for (int r = 0; r < MR; ++r) {
@@ -69,8 +69,7 @@ template <Format F, int MR, int NB> void float_rows(const Job& j, int64_t row, i
         }
       }
     }
-    for (int r = 0; r < MR; ++r)
-      for (int b = 0; b < NB; ++b) store_block(j, row + r, block + b, acc[r][b]);
+    store_rows(j, row, block, acc);
     return;
   }
 #endif
@@ -79,7 +78,7 @@ template <Format F, int MR, int NB> void float_rows(const Job& j, int64_t row, i
     for (int64_t k = 0; k < j.k; ++k) {
       const int64_t next = ahead_of<NB>(j, k * 64);
       for (int b = 0; b < NB; ++b) {
-        const uint8_t* p = w + b * j.block + k * 64;
+        const uint8_t* p = w + b * j.step + k * 64;
         ahead(p + next);
         const V wv = vload(reinterpret_cast<const float*>(p));
         for (int r = 0; r < MR; ++r) acc[r][b] = vfma(vset(x[r * j.a.ldx + k]), wv, acc[r][b]);
@@ -89,7 +88,7 @@ template <Format F, int MR, int NB> void float_rows(const Job& j, int64_t row, i
     for (int64_t k = 0; k < j.k; k += 2) {
       const int64_t next = ahead_of<NB>(j, k * 32);
       for (int b = 0; b < NB; ++b) {
-        const uint8_t* p = w + b * j.block + k * 32;
+        const uint8_t* p = w + b * j.step + k * 32;
         ahead(p + next);
         const Pair wv = load_pair<F>(p);
         for (int r = 0; r < MR; ++r) {
@@ -99,8 +98,7 @@ template <Format F, int MR, int NB> void float_rows(const Job& j, int64_t row, i
       }
     }
   }
-  for (int r = 0; r < MR; ++r)
-    for (int b = 0; b < NB; ++b) store_block(j, row + r, block + b, acc[r][b]);
+  store_rows(j, row, block, acc);
 }
 
 PL_INLINE I four_codes(const uint8_t* p) {
@@ -120,7 +118,7 @@ template <int MR, int NB> PL_INLINE void start_group(const Job& j, int64_t row, 
 template <bool kMins, int MR, int NB>
 PL_INLINE void fold_group(const Job& j, int64_t row, int64_t block, int64_t g, const I (&dot)[MR][NB], V (&acc)[MR][NB]) {
   for (int b = 0; b < NB; ++b) {
-    const Scales s = scales_of(j.w, j.n_groups, block + b, g);
+    const Scales s = scales_of(j.w, j.n_groups, block + b * j.apart, g);
     for (int r = 0; r < MR; ++r)
       acc[r][b] = fold<kMins>(acc[r][b], dot[r][b], j.a.scale[j.a.scale_at(row + r, g)], j.a.sum[(row + r) * j.n_groups + g], s);
   }
@@ -140,7 +138,7 @@ template <int MR, int NB> void int8_rows(const Job& j, int64_t row, int64_t bloc
     for (int64_t k = g * size; k < (g + 1) * size; k += 4) {
       const int64_t next = ahead_of<NB>(j, k * 16);
       for (int b = 0; b < NB; ++b) {
-        const uint8_t* p = w + b * j.block + k * 16;
+        const uint8_t* p = w + b * j.step + k * 16;
         ahead(p + next);
         const I wv = weight8(iload(p));
         for (int r = 0; r < MR; ++r) dot[r][b] = dot8(dot[r][b], wv, four_codes(x[r] + k / 64 * (j.a.mr * 64) + k % 64));
@@ -148,8 +146,7 @@ template <int MR, int NB> void int8_rows(const Job& j, int64_t row, int64_t bloc
     }
     fold_group<false>(j, row, block, g, dot, acc);
   }
-  for (int r = 0; r < MR; ++r)
-    for (int b = 0; b < NB; ++b) store_block(j, row + r, block + b, acc[r][b]);
+  store_rows(j, row, block, acc);
 }
 
 // Adds the products of one block of 64 k's: the low nibbles (k 0..31), the high ones (32..63), or both.
@@ -158,7 +155,7 @@ PL_INLINE void int4_block(const Job& j, const uint8_t* w, const uint8_t* const (
   const int64_t next = ahead_of<NB>(j, kb * 512);
   for (int i = 0; i < 8; ++i)
     for (int b = 0; b < NB; ++b) {
-      const uint8_t* p = w + b * j.block + kb * 512 + i * 64;
+      const uint8_t* p = w + b * j.step + kb * 512 + i * 64;
       if (kLow) ahead(p + next);
       const I wv = iload(p);
       for (int r = 0; r < MR; ++r) {
@@ -187,8 +184,7 @@ template <bool kMins, int MR, int NB> void int4g_rows(const Job& j, int64_t row,
     }
     fold_group<kMins>(j, row, block, g, dot, acc);
   }
-  for (int r = 0; r < MR; ++r)
-    for (int b = 0; b < NB; ++b) store_block(j, row + r, block + b, acc[r][b]);
+  store_rows(j, row, block, acc);
 }
 
 // A block of 64 k's of the factored int4, two groups: k 0..31 in the low nibbles, 32..63 in the high ones.
@@ -201,7 +197,7 @@ PL_INLINE void factored_block(const Job& j, int64_t row, const uint8_t* w, const
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i)
     for (int b = 0; b < NB; ++b) {
-      const uint8_t* p = w + b * j.block + kb * 512 + i * 64;
+      const uint8_t* p = w + b * j.step + kb * 512 + i * 64;
       ahead(p + next);
       const I codes = iload(p), l = low_nibbles(codes), h = high_nibbles(codes);
       for (int r = 0; r < MR; ++r) {
@@ -210,7 +206,7 @@ PL_INLINE void factored_block(const Job& j, int64_t row, const uint8_t* w, const
       }
     }
   for (int b = 0; b < NB; ++b) {
-    const int8_t* f = factors + (b * j.n_groups + 2 * kb) * 16;
+    const int8_t* f = factors + (b * j.apart * j.n_groups + 2 * kb) * 16;
     const I fl = load_factors(f), fh = load_factors(f + 16);
     for (int r = 0; r < MR; ++r) sum[r][b] = times_factor(times_factor(sum[r][b], low[r][b], fl), high[r][b], fh);
   }
@@ -226,10 +222,12 @@ template <int MR, int NB> void int4_rows(const Job& j, int64_t row, int64_t bloc
   }
   const int8_t* factors = j.w.factors + block * j.n_groups * 16;
   for (int64_t kb = 0; kb < j.k / 64; ++kb) factored_block(j, row, w, factors, x, kb, sum);
+  V y[MR][NB];
   for (int b = 0; b < NB; ++b) {
-    const Scales s = scales_of(j.w, 1, block + b, 0);
-    for (int r = 0; r < MR; ++r) store_block(j, row + r, block + b, fold<false>(vzero(), sum[r][b], j.a.scale[j.a.scale_at(row + r, 0)], 0, s));
+    const Scales s = scales_of(j.w, 1, block + b * j.apart, 0);
+    for (int r = 0; r < MR; ++r) y[r][b] = fold<false>(vzero(), sum[r][b], j.a.scale[j.a.scale_at(row + r, 0)], 0, s);
   }
+  store_rows(j, row, block, y);
 }
 
 template <int MR, int NB> PL_INLINE void rows_of(const Job& j, int64_t row, int64_t block) {
@@ -245,12 +243,13 @@ template <int MR, int NB> PL_INLINE void rows_of(const Job& j, int64_t row, int6
 
 template <int MR> void some_rows(const Job& j, int64_t row, int64_t first, int64_t last) {
   int64_t b = first;
+  for (; j.gate && b < last; ++b) rows_of<MR, 2>(j, row, b);
   for (; b + wide(MR) <= last; b += wide(MR)) rows_of<MR, wide(MR)>(j, row, b);
   if (wide(MR) > 2 && b + 2 <= last) rows_of<MR, 2>(j, row, b), b += 2;
   for (; b < last; ++b) rows_of<MR, 1>(j, row, b);
 }
 
-// Blocks [first, last) of all rows: a strip at a time, so that its weights are still in L2 for the next rows.
+// Leading blocks [first, last) of all rows: a strip at a time, so that its weights are still in L2 for the next rows.
 inline void vector_strip(const Job& j, int64_t first, int64_t last) {
   for (int64_t b = first; b < last; b += kStrip) {
     const int64_t end = min_of(last, b + kStrip);

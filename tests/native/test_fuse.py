@@ -29,6 +29,7 @@ class Block:
         o = self.ops
         h = o.linear(o.rms_norm(x, self.norm, 1e-5, offset=1.0), self.gate_up, self.bias)
         x = o.add(x, o.linear(o.gated(h, "silu"), self.down))
+        h = o.linear(x, self.gate_up)
         x = o.add(o.linear(o.gated(h, "gelu"), self.down), x)
         n = o.rms_norm(x, self.norm, 1e-6)  # read twice: stays
         return o.add(o.linear(n, self.half), o.linear(n, self.half)), x
@@ -44,6 +45,23 @@ def test_same_bits(ops, monkeypatch, fmt, group):
         x = matrix(n, n, D)
         for a, b in zip(fused(x, None), plain(x, None), strict=True):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize(("fmt", "group"), FORMATS)
+def test_same_bits_of_long_gates(ops, monkeypatch, fmt, group):
+    """More k's than a chunk of the blocked kernels, and more rows than are few."""
+    k, n_ff = 2080, 112
+    weight, norm = pack(matrix(1, 2 * n_ff, k), fmt, group)[0], matrix(2, k)
+
+    def net(x, b):
+        return ops.gated(ops.linear(ops.rms_norm(x, norm, 1e-5), weight), "gelu_tanh")
+
+    fused = ops.compile(net, (k,))
+    monkeypatch.setattr(record, "fuse", lambda calls, widths, kept: calls)
+    plain = ops.compile(net, (k,))
+    for n in (1, 3, 20, 75):
+        x = matrix(n, n, k)
+        assert np.asarray(fused(x, None)).tobytes() == np.asarray(plain(x, None)).tobytes()
 
 
 def ops_of(recorder: Recorder, *kept) -> list[str]:
@@ -63,6 +81,17 @@ def test_what_is_fused_and_what_is_not():
     assert trace(lambda r, x: [linear(r, normed(r, x))]) == ["fused_linear"]
     assert trace(lambda r, x: [r.call("add", (x, linear(r, x)), D)]) == ["fused_linear"]
     assert trace(lambda r, x: [r.call("add", (linear(r, x), x), D)]) == ["fused_linear"]
+
+    def gate(r, x, n_ff):
+        return [r.call("gated", (r.call("linear", (x,), 2 * n_ff, (weight, None)),), n_ff, ("silu",))]
+
+    def gate_and_more(r, x):
+        h = r.call("linear", (x,), 2 * D, (weight, None))
+        return [r.call("gated", (h,), D, ("silu",)), h]
+
+    assert trace(lambda r, x: gate(r, x, 48)) == ["fused_linear"]
+    assert trace(lambda r, x: gate(r, x, 40)) == ["linear", "gated"]  # no whole blocks
+    assert trace(gate_and_more) == ["linear", "gated"]
 
     def norm_is_kept(r, x):
         n = normed(r, x)

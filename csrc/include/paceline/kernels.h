@@ -88,19 +88,19 @@ struct Ctx {
 
 enum class Act : int32_t { silu, gelu, gelu_tanh, relu };
 
-// What rows go through on their way into a linear, bit for bit as the kernel of that name: x is then the input of both.
-struct Before {
-  enum class Op : int32_t { none, rms_norm, gated } op = Op::none;
-  const float* weight = nullptr;  // of rms_norm
-  float eps = 0, offset = 0;
-  Act kind = Act::silu;           // of gated
-};
+// A linear with what may surround it, bit for bit as the kernels of those names:
+//   norm.weight   x goes through rms_norm first
+//   gate          y = [gate | up] becomes act(gate) * up, of n_out / 2 columns; both halves are whole blocks of 16
+//   add.p         the result is added to `add`; not together with gate
+struct Norm { const float* weight = nullptr; float eps = 0, offset = 0; };
 struct LinearArgs {
   Mat x, out;
   Weight w;
-  const float* bias;   // (n_out) or null
-  Mat add = {};        // where p is not null: out = add + (x W^T + bias)
-  Before before = {};
+  const float* bias;  // (n_out) or null
+  Mat add = {};
+  Norm norm = {};
+  bool gate = false;
+  Act kind = Act::silu;
 };
 struct EmbedArgs { Mat out; Weight table; const int32_t* ids; }; // out row r = row ids[r] of table, dequantised; ids are in range
 struct RmsNormArgs { Mat x, out; const float* weight; int64_t n; float eps, offset; };  // runs of n columns; x.cols % n == 0

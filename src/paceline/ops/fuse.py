@@ -1,7 +1,7 @@
 """Fewer passes over the activations of a traced program: a linear takes in what comes right before and after it.
 
     rms_norm, linear    -> the linear normalises its rows as it reads them
-    gated, linear       -> likewise
+    linear, gated       -> the linear computes gates and ups side by side and writes their product
     linear, add         -> the linear adds to its result as it writes it
 
 Only where the value in between is used nowhere else. The bits stay: the fused kernel does the same arithmetic row by row.
@@ -14,13 +14,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from paceline.ops.packed import LANES
+
 if TYPE_CHECKING:
     from paceline.ops.record import Call, Reg
 
 
 @dataclass
 class _Linear:
-    """A linear on its way to being fused: out = add + (before(x) W^T + bias)."""
+    """A linear on its way to being fused: out = add + (norm(x) W^T + bias), or the gated product of that."""
 
     out: Reg
     x: Reg
@@ -57,29 +59,37 @@ def fuse(calls: Sequence[Call], widths: Sequence[int], kept: Collection[int]) ->
         if c.op == "linear":
             linear = _Linear(c.out, c.ins[0], *c.args)
             source = made.get(linear.x.id)
-            if source is not None and passing(linear.x):
-                whole = source.op == "rms_norm" and len(source.args[0]) == linear.x.cols
-                if whole or source.op == "gated":
-                    linear.norm, linear.gate = (source.args, None) if whole else (None, source.args[0])
-                    linear.x = source.ins[0]
-                    out[at[source.out.id]] = None
+            if source is not None and source.op == "rms_norm" and passing(linear.x) and len(source.args[0]) == linear.x.cols:
+                linear.norm, linear.x = source.args, source.ins[0]
+                out[at[source.out.id]] = None
             out.append(linear)
-        elif c.op == "add" and (found := _summand(c, out, at, passing)) is not None:
+        elif (found := _taken_in(c, out, at, passing)) is not None:
             product, other = found
             linear = out[at[product.id]]  # type: ignore[assignment]
             out[at[product.id]] = None
-            linear.out, linear.add = c.out, other
-            out.append(linear)  # where the sum was: by then the other summand is there
+            linear.out = c.out
+            if other is None:
+                linear.gate = c.args[0]
+            else:
+                linear.add = other
+            out.append(linear)  # where `c` was: by then the other summand is there
         else:
             out.append(c)
         made[c.out.id], at[c.out.id] = c, len(out) - 1
     return [c.call() if isinstance(c, _Linear) else c for c in out if c is not None]
 
 
-def _summand(c: Call, out: Sequence[Any], at: dict[int, int], passing: Any) -> tuple[Reg, Reg] | None:
-    """The operand of a sum that a linear can add up itself, and the other one."""
-    for product, other in (c.ins, c.ins[::-1]):
-        made = out[at[product.id]] if product.id in at else None
-        if isinstance(made, _Linear) and made.add is None and passing(product) and other.id != product.id:
-            return product, other
+def _taken_in(c: Call, out: Sequence[Any], at: dict[int, int], passing: Any) -> tuple[Reg, Reg | None] | None:
+    """The linear's result among the operands of a gate or a sum that it can do itself, and the other summand."""
+
+    def plain(r: Reg) -> bool:
+        made = out[at[r.id]] if r.id in at else None
+        return isinstance(made, _Linear) and made.add is None and made.gate is None and passing(r)
+
+    if c.op == "gated" and c.ins[0].cols % (2 * LANES) == 0 and plain(c.ins[0]):
+        return c.ins[0], None
+    if c.op == "add" and c.ins[0].id != c.ins[1].id:
+        for product, other in (c.ins, c.ins[::-1]):
+            if plain(product):
+                return product, other
     return None
