@@ -61,7 +61,7 @@ def native_isas() -> tuple[str, ...]:
         from paceline import _native
     except ImportError:
         return ()
-    return tuple(name for name, problem in _native.instruction_sets() if not problem)
+    return tuple(name for name, problem in _native.instruction_sets() if not problem and not name.endswith("_emulated"))
 
 
 def locate(model: str | Path | None) -> str | Path:
