@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -29,16 +28,16 @@ OURS = ("bf16", "int8", "int8:group=0", "int4", "int4g")
 THEIRS = {"bf16": "bf16", "int8": "Q8_0", "int4": "Q4_0"}
 
 WORKER = """
-import sys, numpy as np, llama_cpp as C
-path, tokens_file, out, context = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+import ctypes, sys, numpy as np, llama_cpp as C
+path, tokens_file, out, context, n_vocab = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
 tokens = np.load(tokens_file)
-C.llama_log_set(C.llama_log_callback(lambda *a: None), None)
+silent = C.llama_log_callback(lambda *a: None)
+C.llama_log_set(silent, ctypes.c_void_p())
 C.llama_backend_init()
 model = C.llama_model_load_from_file(path.encode(), C.llama_model_default_params())
 p = C.llama_context_default_params()
 p.n_ctx, p.n_batch, p.n_ubatch, p.n_threads, p.n_threads_batch = context, context, context, 2, 2
 ctx = C.llama_init_from_model(model, p)
-n_vocab = C.llama_vocab_n_tokens(C.llama_model_get_vocab(model))
 rows = np.empty((len(tokens), n_vocab), np.float32)
 batch = C.llama_batch_init(context, 0, 1)
 for begin in range(0, len(tokens), context):
@@ -75,7 +74,7 @@ def their_logits(interpreter: Path, folder: Path, bits: str, tokens: list[int], 
         gguf, ids, out = Path(tmp, "model.gguf"), Path(tmp, "ids.npy"), Path(tmp, "logits.npy")
         save_gguf(gguf, config, stored(folder / "model.safetensors"), bits)
         np.save(ids, np.array(tokens, np.int32))
-        subprocess.run([interpreter, "-c", WORKER, gguf, ids, out, str(context)], check=True, env=dict(os.environ))
+        subprocess.run([interpreter, "-c", WORKER, gguf, ids, out, str(context), str(config["vocab_size"])], check=True)
         return np.load(out)
 
 
