@@ -20,7 +20,7 @@ using Any = nb::ndarray<nb::c_contig, nb::device::cpu>;
 
 // An aligned array that Python sees through the buffer protocol (bf16 as uint16) and DLPack.
 struct Buffer {
-  Buffer(std::vector<int64_t> shape, Dtype dtype);
+  Buffer(std::vector<int64_t> shape, Dtype dtype, size_t small_pages = 0);
   ~Buffer() { block_free(data, nbytes); }
   Buffer(const Buffer&) = delete;
   std::vector<int64_t> shape;

@@ -29,7 +29,7 @@ Dtype dtype_named(const std::string& name) {
   fail("dtype = '" + name + "': known are " + known);
 }
 
-Buffer::Buffer(std::vector<int64_t> shape_, Dtype dtype_) : shape(std::move(shape_)), dtype(dtype_), nbytes(size_of(dtype_)) {
+Buffer::Buffer(std::vector<int64_t> shape_, Dtype dtype_, size_t small_pages) : shape(std::move(shape_)), dtype(dtype_), nbytes(size_of(dtype_)) {
   strides_py.resize(shape.size());
   for (size_t i = shape.size(); i-- > 0;) {
     if (shape[i] < 0 || (shape[i] > 0 && nbytes > (size_t{1} << 46) / static_cast<size_t>(shape[i]))) fail("shape is negative or too large");
@@ -37,7 +37,7 @@ Buffer::Buffer(std::vector<int64_t> shape_, Dtype dtype_) : shape(std::move(shap
     nbytes *= static_cast<size_t>(shape[i]);
   }
   shape_py.assign(shape.begin(), shape.end());
-  data = block_alloc(nbytes);
+  data = block_alloc(nbytes, small_pages);
 }
 
 namespace {
@@ -81,8 +81,9 @@ nb::object to_dlpack(nb::handle self, const nb::kwargs&) {
 
 void bind_buffer(nb::module_& m) {
   nb::class_<Buffer>(m, "Buffer", nb::type_slots(slots), "An aligned, uninitialised array; np.asarray(buffer) is a view (bfloat16 as uint16).")
-      .def("__init__", [](Buffer* self, std::vector<int64_t> shape, const std::string& dtype) { new (self) Buffer(std::move(shape), dtype_named(dtype)); },
-           nb::arg("shape"), nb::arg("dtype"))
+      .def("__init__", [](Buffer* self, std::vector<int64_t> shape, const std::string& dtype, size_t small_pages) {
+        new (self) Buffer(std::move(shape), dtype_named(dtype), small_pages);
+      }, nb::arg("shape"), nb::arg("dtype"), nb::arg("small_pages") = size_t{0})
       .def_prop_ro("shape", [](const Buffer& b) { return nb::tuple(nb::cast(b.shape)); })
       .def_prop_ro("nbytes", [](const Buffer& b) { return b.nbytes; })
       .def_prop_ro("dtype", [](const Buffer& b) { return std::string(entry(b.dtype).name); })

@@ -61,13 +61,17 @@ size_t rounded_up(size_t bytes) {
 
 }  // namespace
 
-void* block_alloc(size_t bytes) {
+void* block_alloc(size_t bytes, size_t small_pages) {
   const size_t align = alignment(bytes), rounded = rounded_up(bytes);
-  void* p = rounded >= kSpareFrom ? spares().take(rounded) : nullptr;
+  void* p = rounded >= kSpareFrom && small_pages == 0 ? spares().take(rounded) : nullptr;
   if (p) return p;
   if (posix_memalign(&p, align, rounded) != 0) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-  if (align == kHuge) madvise(p, rounded, MADV_HUGEPAGE);
+  if (align == kHuge) {
+    const size_t small = small_pages < rounded ? (small_pages + kHuge - 1) / kHuge * kHuge : rounded;
+    if (small) madvise(p, small, MADV_NOHUGEPAGE);
+    if (small < rounded) madvise(static_cast<char*>(p) + small, rounded - small, MADV_HUGEPAGE);
+  }
 #endif
   return p;
 }

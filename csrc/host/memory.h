@@ -9,7 +9,8 @@ namespace paceline {
 constexpr size_t kAlign = 64;
 
 // 64-byte aligned; from 4 MiB on aligned to 2 MiB and offered huge pages. Throws std::bad_alloc.
-void* block_alloc(size_t bytes);
+// small_pages: of the beginning, where the block is large.
+void* block_alloc(size_t bytes, size_t small_pages = 0);
 // `bytes` as asked for. The large blocks freed last are kept for the next of their size: results of a step have the sizes of the step
 // before, and fresh pages would cost more than the kernel that writes them.
 void block_free(void*, size_t bytes);

@@ -59,6 +59,9 @@ class Memory:
         self.reads.append(name)
         return self.weights[name]
 
+    def release(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

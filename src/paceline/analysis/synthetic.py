@@ -65,7 +65,13 @@ class RandomCheckpoint:
         shape = self.tensors()[name].shape
         if len(shape) == 1:
             return np.ones(shape, np.float32)
-        return np.resize(self._noise, shape)
+        out = np.empty(math.prod(shape), self._noise.dtype)
+        for at in range(0, len(out), len(self._noise)):
+            out[at : at + len(self._noise)] = self._noise[: len(out) - at]
+        return out.reshape(shape)
+
+    def release(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

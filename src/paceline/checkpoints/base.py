@@ -48,6 +48,9 @@ class Checkpoint(Protocol):
         Raises CheckpointError for an unknown name or a tensor that cannot be used.
         """
 
+    def release(self) -> None:
+        """Give back the memory of what was read from the file so far. Arrays already read stay valid."""
+
     def close(self) -> None:
         """Forget the file. Arrays already read stay valid."""
 

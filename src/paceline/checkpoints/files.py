@@ -31,7 +31,8 @@ class MappedFile:
             self._file.close()
             raise CheckpointError(f"{path}: the file is empty; download or copy it again")
         try:
-            self._bytes = np.frombuffer(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+            self._mmap = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._bytes = np.frombuffer(self._mmap, dtype=np.uint8)
         except (OSError, ValueError) as e:
             self._file.close()
             raise CheckpointError(f"{path}: cannot be mapped into memory ({e})") from e
@@ -57,6 +58,11 @@ class MappedFile:
         if raw.ctypes.data % dtype.alignment:
             raw = raw.copy()
         return raw.view(dtype).reshape(shape)
+
+    def release(self) -> None:
+        """Give back the memory of all pages read so far; views stay valid and read them again when touched."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._mmap.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         self._file.close()

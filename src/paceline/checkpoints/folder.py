@@ -188,6 +188,10 @@ class FolderCheckpoint:
         array = file.read(inner)
         return array.astype(np.float32) if array.dtype == np.float64 else array
 
+    def release(self) -> None:
+        for file in self._files:
+            file.release()
+
     def close(self) -> None:
         for file in self._files:
             file.close()

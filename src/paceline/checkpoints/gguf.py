@@ -122,6 +122,10 @@ class GgufCheckpoint:
                 return _reorder(codes, source.heads)
         return _restore(gguf_dequant.dequantise(raw, tensor.type, shape), source)
 
+    def release(self) -> None:
+        for file in self._files:
+            file.release()
+
     def close(self) -> None:
         for file in self._files:
             file.close()

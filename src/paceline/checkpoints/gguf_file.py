@@ -71,6 +71,9 @@ class GgufFile:
         t = self.tensors[name]
         return self._map.array(t.start, dtype, t.shape)
 
+    def release(self) -> None:
+        self._map.release()
+
     def close(self) -> None:
         self._map.close()
 

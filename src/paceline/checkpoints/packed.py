@@ -101,6 +101,10 @@ class PackedCheckpoint:
         rest = (arrays.get("scales"), arrays.get("mins"), entry["group"], arrays.get("factors"))
         return Packed(entry["format"], shape, arrays["data"], *rest)
 
+    def release(self) -> None:
+        for file in self._files:
+            file.release()
+
     def close(self) -> None:
         for file in self._files:
             file.close()

@@ -74,6 +74,9 @@ class SafetensorsFile:
             )
         return self._map.array(entry.start, dtype, entry.shape)
 
+    def release(self) -> None:
+        self._map.release()
+
     def close(self) -> None:
         self._map.close()
 

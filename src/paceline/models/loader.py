@@ -1,6 +1,6 @@
 """From a checkpoint to a model: names and shapes are checked first, then weights are read and packed one by one.
 
-Peak memory is the final size plus the parameter in hand: sources are views of the file, packed by blocks of rows.
+Peak memory is the final size plus the parameter in hand: sources are views of the file, whose pages are given back after each.
 """
 
 from __future__ import annotations
@@ -226,7 +226,9 @@ def parameters(
             w: Packed | np.ndarray = _vector(parts)
         else:
             w = _matrix(name, parts, format.wanted(name, p.kind, {part.dtype for part in parts}), notes, pack)
+        del parts
         yield name, w
+        checkpoint.release()
         done += w.nbytes
         if progress:
             progress(done, max(total, done), name)

@@ -22,6 +22,7 @@ from paceline.ops.record import Recorder, Reg
 
 ISA_VARIABLE = "PACELINE_ISA"
 POOL_DTYPES = ("float32", "float16", "bfloat16")
+_SMALL_PAGES = 4 << 20  # of each KV pool: a short conversation must not take a huge page in each of a hundred pools
 _EAGER_PROGRAMS = 512  # one-instruction programs kept; they hold their weights
 _FLOATS = ("f32", "f16", "bf16")
 _GROUPS = {"int8": (0, 32, 64, 128), "int4": (32,), "int4g": (32, 64, 128)}
@@ -89,16 +90,15 @@ class NativeOps:
         if form.why_not(w.shape, group, mins) or not w.flags.c_contiguous or str(w.dtype) not in POOL_DTYPES:
             return form.pack(w, group, mins)  # which copies what is strided and says what is wrong
         group = form.default_group if group is None else group
-        out = {k: self.empty(shape, str(dtype)) for k, (shape, dtype) in form.arrays(w.shape, group, mins).items()}
+        out = {k: _new(shape, str(dtype)) for k, (shape, dtype) in form.arrays(w.shape, group, mins).items()}
         rest = [_raw(out[name]) if name in out else None for name in ("scales", "mins", "factors")]
         if self.device.pack(_raw(w), str(w.dtype), form.name, group, _raw(out["data"]), *rest):
             return form.pack(w, group, mins)
         return Packed(form.name, w.shape, out["data"], out.get("scales"), out.get("mins"), group, out.get("factors"))
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """An uninitialised, aligned array (huge pages when large)."""
-        array = np.asarray(_native.Buffer(list(shape), dtype))
-        return array.view(_bfloat16()) if dtype == "bfloat16" else array
+        """An uninitialised, aligned array, for a KV pool: memory is taken as it is touched, in small pages at its beginning."""
+        return _new(shape, dtype, _SMALL_PAGES)
 
     def move(self, pool: np.ndarray, src: np.ndarray, dst: np.ndarray) -> None:
         self.device.move(_raw(pool), np.ascontiguousarray(src, np.int64), np.ascontiguousarray(dst, np.int64))
@@ -290,6 +290,12 @@ def why_not(w: Packed) -> str | None:
         if not a.flags.c_contiguous:
             return f"{name}: must be contiguous"
     return None
+
+
+def _new(shape: tuple[int, ...], dtype: str, n_small: int = 0) -> np.ndarray:
+    """An uninitialised, aligned array; in huge pages when large, but for its first n_small bytes."""
+    array = np.asarray(_native.Buffer(list(shape), dtype, n_small))
+    return array.view(_bfloat16()) if dtype == "bfloat16" else array
 
 
 def bind_weight(w: Packed) -> _native.Weight:
