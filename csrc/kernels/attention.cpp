@@ -21,7 +21,7 @@
 //
 // Same bits always: what a row adds up is fixed by its own indices alone. A score adds over dim in order; the maximum and the sum of
 // lane i take the indices i mod 16 in order; values add in the order of the indices. A key that a row does not see has a weight of
-// exactly 0, which changes no sum but perhaps the sign of a zero, and that is lost at the end; where such a key's values are not
+// exactly 0, which changes no sum but for the sign of a zero, and that is lost at the end; where such a key's values are not
 // finite, the rows go one by one. So whatever lies in slots a row does not see cannot matter. The running softmax starts anew every
 // 1024 indices (a chunk) and chunks are merged in order, whether one thread does them or many: a unit much longer than the others has
 // one task per chunk.
@@ -34,7 +34,7 @@ namespace PL_ISA {
 namespace {
 
 constexpr int64_t kPairs = 128;
-constexpr int64_t kSmall = 1 << 21;  // multiply-adds that are not worth waking threads for
+constexpr int64_t kSmall = 1 << 19;  // work (see each_unit) that is not worth waking threads for: 7 us on a Zen 4 core
 constexpr float kLog2e = 1.44269504f;
 
 // ---- pools ----
@@ -136,7 +136,8 @@ PL_INLINE void product(const T* a, int64_t lda, int64_t m, const T* b, int64_t l
 
 // A block whose keys and values are loaded, for m pairs from pair p on; bits[r]: what row r sees.
 template <class T> void panel_of_pairs(const Job& j, const uint64_t* bits, int64_t p, int64_t m, const Scratch& s, const Ahead* ahead) {
-  const int64_t dim = j.a.dim, wide = j.wide, nq = j.n_query, stride = query_stride<T>(dim), n = depth<T>(dim), per_row = kBlock / Items<T>::n;
+  const int64_t dim = j.a.dim, wide = j.wide, nq = j.n_query;
+  const int64_t stride = query_stride<T>(dim), n = depth<T>(dim), per_row = kBlock / Items<T>::n;
   uint64_t seen = 0;
   for (int64_t r = p / nq; r <= (p + m - 1) / nq; ++r) seen |= bits[r];
   if (!seen) return;
@@ -148,18 +149,18 @@ template <class T> void panel_of_pairs(const Job& j, const uint64_t* bits, int64
   T* w = reinterpret_cast<T*>(s.w) + first;
   product(q, stride, m, kt, kBlock, n_groups, s.s + 16 * g.begin, kBlock, n, false, s.edge, ahead ? ahead + 2 : nullptr);
   if (ahead) ahead[2].rest(n * Items<T>::n);
-  const float cap = j.a.softcap * kLog2e;
+  uint64_t sees[kTilePanel];
   for (int64_t i = 0, row = p / nq, head = p % nq; i < m; ++i) {
-    const State& c = s.chunk;
-    weigh(s.s + i * kBlock + 16 * g.begin, bits[row] >> 16 * g.begin, n_groups, cap, wide, w + i * per_row, c.acc + (p + i) * wide,
-          c.sum + (p + i) * 16, c.max + p + i);
+    sees[i] = bits[row] >> 16 * g.begin;
     if (++head == nq) head = 0, ++row;
   }
+  weigh(s.s + 16 * g.begin, p, m, sees, n_groups, j.a.softcap * kLog2e, wide, w, per_row, s.chunk);
   product(w, per_row, m, v, wide, wide / 16, s.chunk.acc + p * wide, wide, n_items, true, s.edge, ahead ? ahead + 3 : nullptr);
 }
 
 // One block of keys for the unit's rows [r0, r1).
-template <Dtype D> void block(const Job& j, const Entries& e, const int64_t* offset, const uint64_t* bits, int64_t r0, int64_t r1, const Scratch& s, const Ahead* ahead) {
+template <Dtype D>
+void block(const Job& j, const Entries& e, const int64_t* offset, const uint64_t* bits, int64_t r0, int64_t r1, const Scratch& s, const Ahead* ahead) {
   using T = typename ItemOf<D>::Type;
   while (r0 < r1 && !bits[r0]) ++r0;
   while (r0 < r1 && !bits[r1 - 1]) --r1;
@@ -202,7 +203,8 @@ void store_out(const Job& j, const Unit& u, const State& s) {
 }
 
 // Block b of the unit: most rows together, tree rows that see part of a draft one by one.
-template <Dtype D> void blocks(const Job& j, const Unit& u, const Sight& sight, const Entries& e, const int64_t* offset, int64_t b, const Scratch& s, const Ahead* ahead) {
+template <Dtype D>
+void blocks(const Job& j, const Unit& u, const Sight& sight, const Entries& e, const int64_t* offset, int64_t b, const Scratch& s, const Ahead* ahead) {
   uint64_t bits[kPairs], alone[kPairs];
   const bool drafts = sight.mask && (b + 1) * kBlock > sight.tail;
   for (int64_t r = 0; r < u.n_rows; ++r) {
