@@ -40,14 +40,16 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True)
 class Peer:
-    """environment: None for ours. models: bits -> (form of the checkpoint, its bits); forms that we do not write are converted by
-    the peer's own script. variables: of the process. isas: the instruction sets it is measured for."""
+    """environment: None for ours. models: bits -> (form of the checkpoint, its bits); forms that we do not write are
+    converted by the peer's own script. variables: of the process. isas: the instruction sets it is measured for.
+    compiles: when first loaded, for a minute."""
 
     environment: str | None
     script: str
     models: Mapping[str, tuple[str, str]]
     variables: Mapping[str, str] = field(default_factory=dict)
     isas: tuple[str, ...] = ("native",)
+    compiles: bool = False
 
 
 def _same(form: str, *bits: str) -> dict[str, tuple[str, str]]:
@@ -61,6 +63,7 @@ PEERS: Mapping[str, Peer] = {
         "run_vllm.py",
         {"bf16": ("hf", "bf16"), **_same("compressed-tensors", "int8", "int4")},
         {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"},
+        compiles=True,
     ),
     "llama.cpp": Peer("llama.cpp", "run_llamacpp.py", _same("gguf", *checkpoints.BITS)),
     "llama.cpp-no-amx": Peer("llama.cpp-no-amx", "run_llamacpp.py", _same("gguf", *checkpoints.BITS)),
@@ -90,19 +93,22 @@ WORKS: Mapping[str, Work] = {
     "decode32": Work("decode", 32, 512),
     "decode-8k": Work("decode", 1, 8192 - 256),
 }
+ROOM = {
+    "max_context": 256 + max(w.context for w in WORKS.values()),
+    "max_batch": max(w.batch for w in WORKS.values()),
+    "max_tokens": max(w.batch * (w.context + 256) for w in WORKS.values()),
+}
+"""What every engine makes room for, whatever is measured: a cell's figure must not depend on what else was asked for."""
 QUICK = ("prefill512", "decode1", "decode8")
 
 
 class Worker:
     """One peer's process. It is stopped whenever it has nothing to do, so that waiting threads take no processor from the others."""
 
-    def __init__(self, name: str, peer: Peer, model: Path, bits: str, a: argparse.Namespace, works: list[Work]):
+    def __init__(self, name: str, peer: Peer, model: Path, bits: str, a: argparse.Namespace):
         self.log = (a.env_dir / "logs" / f"{name}-{model.parent.name}-{bits}.log").open("w", encoding="utf-8")
-        most = max([w.context for w in works], default=512) + 256
-        options = {"model": str(model), "bits": bits, "threads": a.threads, "max_context": most}
+        options = {"model": str(model), "bits": bits, "threads": a.threads, **ROOM}
         options["n_vocab"] = checkpoints.config_of(model.parent.name)["vocab_size"]
-        options["max_batch"] = max([w.batch for w in works], default=1)
-        options["max_tokens"] = max([w.batch * (w.context + 256) for w in works], default=most)
         self.name, self.peak_rss, self.dead = name, 0, ""
         self.process = subprocess.Popen(
             [str(executable(a.env_dir, peer)), str(WORKERS / peer.script), json.dumps(options)],
@@ -224,7 +230,7 @@ def workers(
     a: argparse.Namespace, shape: str, bits: str, failed: dict[str, str], say: Say
 ) -> Iterator[dict[str, Worker]]:
     """The engines of a group, all loaded; why others are not goes to `failed`."""
-    works, alive = [WORKS[w] for w in a.work], {}
+    alive: dict[str, Worker] = {}
     try:
         for name, peer in chosen(a, bits).items():
             reason = a.missing.get(peer.environment)
@@ -237,7 +243,7 @@ def workers(
             except RuntimeError as e:
                 failed[name] = str(e)
                 continue
-            worker = Worker(name, peer, model, bits, a, works)
+            worker = Worker(name, peer, model, bits, a)
             if worker.dead:
                 failed[name] = worker.dead
                 worker.close()
@@ -250,26 +256,28 @@ def workers(
             worker.close()
 
 
-def measure(
-    a: argparse.Namespace, shape: str, bits: str, say: Say
-) -> tuple[Rows, Rows, dict[str, Any], dict[str, Any]]:
-    """All cells of a shape at some bits: cells, workers, the machine's limits, and what each engine generated for the check."""
+def measure(a: argparse.Namespace, shape: str, bits: str, say: Say) -> tuple[Rows, Rows, dict[str, Any]]:
+    """All cells of a shape at some bits: cells, workers, and what each engine generated for the check.
+
+    The machine's limits are measured again for every cell, since those of shared machines wander.
+    """
     failed: dict[str, str] = {}
     key = {"isa": a.isa, "shape": shape, "bits": bits}
     prompts = check_prompts(checkpoints.config_of(shape)["vocab_size"])
     with workers(a, shape, bits, failed, say) as alive:
         generated = {n: w.ask({"do": "generate", "prompts": prompts, "n": 8}) for n, w in alive.items()}
         ours = alive.get(report.OURS)
-        limits = ours.ask({"do": "limits"}) if ours else {"error": "ours did not start"}
         cells = []
         for name in a.work:
             say(f"{shape} {bits}: {name}")
+            limits = ours.ask({"do": "limits"}) if ours else {}
             results: dict[str, Any] = {n: {"error": why} for n, why in failed.items()}
             results |= rounds(a, alive, WORKS[name])
             bound = ours.ask(bound_request(a, WORKS[name])) if ours else {}
-            cells.append({**key, "work": name, "results": results, "bound_tokens_per_s": bound.get("tokens_per_s")})
+            cell = {**key, "work": name, "results": results, "bound_tokens_per_s": bound.get("tokens_per_s")}
+            cells.append({**cell, "bandwidth": limits.get("bandwidth"), "peaks": limits.get("peaks", {})})
         loaded = [{**key, "peer": n, **w.ready, "peak_rss_bytes": w.peak_rss} for n, w in alive.items()]
-    return cells, loaded, limits, generated
+    return cells, loaded, generated
 
 
 def rounds(a: argparse.Namespace, alive: Mapping[str, Worker], work: Work) -> dict[str, Any]:
@@ -312,7 +320,7 @@ def check(a: argparse.Namespace, shape: str, made: Mapping[tuple[str, str], dict
     reason, worker = a.missing.get(_REFERENCE.environment, ""), None
     if not reason:
         say(f"{shape}: checking outputs")
-        worker = Worker(REFERENCE, _REFERENCE, model_of(a, shape, _REFERENCE, "f32", False), "f32", a, [])
+        worker = Worker(REFERENCE, _REFERENCE, model_of(a, shape, _REFERENCE, "f32", False), "f32", a)
     rows: Rows = []
     for (bits, peer), answer in made.items():
         row = {"isa": a.isa, "shape": shape, "bits": bits, "peer": peer}
@@ -327,7 +335,7 @@ def check(a: argparse.Namespace, shape: str, made: Mapping[tuple[str, str], dict
     return rows
 
 
-def machine(a: argparse.Namespace, limits: Mapping[str, Any], loaded: Rows) -> dict[str, Any]:
+def machine(a: argparse.Namespace, loaded: Rows) -> dict[str, Any]:
     isa = next((r["facts"]["isa"] for r in loaded if r["peer"] == report.OURS), "?")
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -337,8 +345,6 @@ def machine(a: argparse.Namespace, limits: Mapping[str, Any], loaded: Rows) -> d
         "threads": a.threads,
         "isa": isa,
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "bandwidth": limits.get("bandwidth", 0.0),
-        "peaks": limits.get("peaks", {}),
     }
 
 
@@ -356,11 +362,11 @@ def run(a: argparse.Namespace, say: Say) -> dict[str, Any]:
     for shape in a.shapes:
         made: dict[tuple[str, str], dict[str, Any]] = {}
         for bits in a.bits:
-            cells, loaded, limits, generated = measure(a, shape, bits, say)
+            cells, loaded, generated = measure(a, shape, bits, say)
             made |= {(bits, peer): answer for peer, answer in generated.items()}
             new = {"cells": cells, "workers": loaded, "environments": facts(a)}
-            if "error" not in limits and a.isa == "native":
-                new["machine"] = machine(a, limits, loaded)
+            if a.isa == "native" or "machine" not in results:
+                new["machine"] = machine(a, loaded)
             results = report.merge(results, new)
             save(a, results)
         results = report.merge(results, {"checks": check(a, shape, made, say)})
@@ -437,9 +443,12 @@ def prepare(a: argparse.Namespace, say: Say) -> None:
                     continue
                 say(f"{shape} {bits}: checkpoint of {name}")
                 try:
-                    model_of(a, shape, peer, bits, convert=True)
+                    model = model_of(a, shape, peer, bits, convert=True)
                 except RuntimeError as e:
                     say(f"{shape} {bits} {name}: {e}")
+                    continue
+                if peer.compiles:
+                    Worker(name, peer, model, bits, a).close()
 
 
 def main() -> None:

@@ -113,10 +113,11 @@ def judged(regrets: Sequence[Sequence[float]], control: Sequence[Sequence[float]
 def problems(results: Mapping[str, Any]) -> list[str]:
     """Every engine or cell that gave no figure, with its reason."""
     out = [f"{name}: {e['error']}" for name, e in results["environments"].items() if "error" in e]
+    said = {name: e.get("error") for name, e in results["environments"].items()}
     failed: dict[tuple[str, str], list[str]] = {}
     for c in results["cells"]:
         for peer, r in c["results"].items():
-            if "error" in r:
+            if "error" in r and r["error"] != said.get(peer):
                 failed.setdefault((peer, r["error"]), []).append(f"{c['shape']} {c['bits']} {c['work']}")
     return out + [f"{peer}: {error} ({', '.join(where)})" for (peer, error), where in failed.items()]
 
@@ -129,7 +130,6 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 def report(results: Mapping[str, Any]) -> str:
     """The README's part: machine, table, checks, versions, what failed."""
     m = results["machine"]
-    units = ", ".join(f"{unit} {1e-9 * peak:,.0f}" for unit, peak in m["peaks"].items())
     versions = [
         f"{name} ({', '.join(f'{k} {v}' for k, v in e['versions'].items())}{_compiler(e)})"
         for name, e in results["environments"].items()
@@ -137,7 +137,7 @@ def report(results: Mapping[str, Any]) -> str:
     ]
     parts = [
         f"{m['date']} · {m['cpu']}, {m['cores']} cores, {m['memory_bytes'] / 2**30:.0f} GiB, {m['isa']} · {m['threads']} threads · "
-        f"reads {1e-9 * m['bandwidth']:.1f} GB/s · peaks in GFLOP/s: {units} · {m['system']}",
+        f"{limits(results['cells'])} · {m['system']}",
         markdown(*rows(results["cells"])),
         "Outputs against transformers in float32, of the bfloat16 weights:",
         markdown(*check_rows(results["checks"])),
@@ -145,6 +145,19 @@ def report(results: Mapping[str, Any]) -> str:
         "Without a figure:\n\n" + "\n".join(f"- {p}" for p in problems(results) or ["nothing"]),
     ]
     return "\n\n".join(parts)
+
+
+def limits(cells: Sequence[Cell]) -> str:
+    """What the cells' own measurements of the machine ranged over."""
+    seen: dict[str, list[float]] = {}
+    for c in cells:
+        for name, value in ({"read": c.get("bandwidth")} | dict(c.get("peaks", {}))).items():
+            if value:
+                seen.setdefault(name, []).append(1e-9 * value)
+    spans = [
+        f"{name} {min(v):,.0f}-{max(v):,.0f} {'GB/s' if name == 'read' else 'GFLOP/s'}" for name, v in seen.items()
+    ]
+    return ", ".join(spans) or "limits not measured"
 
 
 def _compiler(environment: Mapping[str, Any]) -> str:

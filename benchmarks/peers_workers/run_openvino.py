@@ -105,7 +105,7 @@ class OpenVino:
             scheduler.max_num_seqs = max(self.options["max_batch"], 4)
             scheduler.max_num_batched_tokens = 2048
             scheduler.cache_size = 0
-            scheduler.num_kv_blocks = 64 + 2 * self.options["max_tokens"] // 32
+            scheduler.num_kv_blocks = 64 + self.options["max_tokens"] // 16
             scheduler.enable_prefix_caching = False
             self.many = genai.ContinuousBatchingPipeline(self.options["model"], scheduler, "CPU", self.properties)
         self.handles = []
