@@ -33,6 +33,7 @@ void linear(const Ctx& c, const LinearArgs& a) {
 #if PL_AMX
   const int64_t few = a.w.format == Format::int4g && a.w.group == 32 ? kVnniRows32 : kVnniRows;
   if ((codes && j.n_rows > few) || a.w.format == Format::bf16) {
+    j.streams = streams(j);
     j.a = prepare_tiles(c, a, j.k, j.n_groups, min_of<int64_t>(16, j.n_rows), true);
     return run_amx(c, j);
   }

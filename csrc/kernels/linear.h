@@ -15,9 +15,11 @@ constexpr int64_t kPrefetch = 2048;         // bytes ahead in each block's weigh
 constexpr int64_t kVnniRows = 4;            // int8, int4 on AMX machines: up to this many rows the vector kernels are faster
 constexpr int64_t kVnniRows32 = 16;         // the same for int4g in groups of 32, where folding the groups outweighs the tiles
 constexpr int64_t kFewRows = 32;            // AMX: two row blocks, whose sums stay in tiles
-constexpr int64_t kPanelRows = 512;         // AMX: rows a task takes through its strip
-constexpr int64_t kMaxStrip = 16;           // AMX: lane blocks of a strip
-constexpr int64_t kChunkMany = 16;          // AMX: k tiles of a chunk where rows are many: 2 lane blocks of them in L1 (even: a group spans up to two)
+constexpr int64_t kPanelRows = 256;         // AMX: rows a task takes through its strip
+constexpr int64_t kPanelUnpacked = 512;     // AMX: the same where weights are unpacked for each panel
+constexpr int64_t kMaxStrip = 8;            // AMX: lane blocks of a strip
+constexpr int64_t kChunkMany = 16;          // AMX: at most so many k tiles in a chunk where rows are many: 2 lane blocks of them in L1
+constexpr int64_t kStreamBytes = 2 << 20;   // AMX: outputs from this size on are written past the caches
 constexpr int64_t kChunkFew = 4;            // AMX: k tiles of 4 lane blocks unpacked at once where rows are few, in L1
 constexpr int64_t kTasksPerThread = 4;      // AMX: for balance
 
@@ -48,17 +50,17 @@ PL_INLINE int64_t scaled_group(const Weight& w) { return w.format == Format::int
 
 // Activations in the order the kernels read them.
 //   floats     row r at x + r * ldx
-//   tiles      64 bytes (32 bfloat16 or 64 int8) of row r and k tile t at q + (((r / mr) * n_tiles + t) * mr + r % mr) * 64
+//   tiles      64 bytes (32 bfloat16 or 64 int8) of row r and k tile t at q + (((r / mr) * wide + t) * mr + r % mr) * 64
 // Codes have a scale per row and group of k's (one group for int4), and per row and group of the weights' k's where integer sums start
 // (`start_of`) and the plain sum of the codes.
 struct Rows {
   const float* x;
   int64_t ldx;
   const uint8_t* q;
-  int64_t mr, n_tiles, n_scales, n_sums;
+  int64_t mr, n_tiles, wide, n_scales, n_sums;
   const float* scale;    // (row / mr, n_scales, mr): `scale_at`
   const int32_t *start, *sum;  // (n_rows, n_sums)
-  PL_INLINE const uint8_t* row(int64_t r) const { return q + ((r / mr) * n_tiles * mr + r % mr) * 64; }
+  PL_INLINE const uint8_t* row(int64_t r) const { return q + ((r / mr) * wide * mr + r % mr) * 64; }
   PL_INLINE int64_t scale_at(int64_t r, int64_t g) const { return (r / mr * n_scales + g) * mr + r % mr; }
 };
 
@@ -70,7 +72,7 @@ struct Job {
   int64_t n_rows, k, block;  // padded k, bytes of a block
   int64_t n_blocks;
   int64_t n_groups;          // of the weights
-  bool gate;
+  bool gate, streams;        // streams: outputs go past the caches
   Act kind;
   // Blocks that are handled together lie `apart` blocks, `step` bytes from each other: neighbours, or a block of gates and its ups.
   // `n_lead` of them come first in such a set.
@@ -219,13 +221,20 @@ template <bool kMins> PL_INLINE V fold(V y, I dot, float x_scale, int32_t x_sum,
   return y;
 }
 
+PL_INLINE void store_lanes([[maybe_unused]] const Job& j, float* out, V y) {
+#if PL_AMX
+  if (j.streams) return vstream(out, y);
+#endif
+  vstore(out, y);
+}
+
 PL_INLINE void store_block(const Job& j, int64_t row, int64_t block, V y) {
   const int64_t n = block * 16, left = j.w.n_out - n;
   float* out = j.out.row(row) + n;
   if (left >= 16) {
     if (j.bias) y = vadd(y, vload(j.bias + n));
     if (j.add.p) y = vadd(vload(j.add.row(row) + n), y);
-    vstore(out, y);
+    store_lanes(j, out, y);
   } else {
     if (j.bias) y = vadd(y, vload(j.bias + n, left));
     if (j.add.p) y = vadd(vload(j.add.row(row) + n, left), y);
@@ -237,7 +246,7 @@ PL_INLINE void store_block(const Job& j, int64_t row, int64_t block, V y) {
 __attribute__((noinline)) inline void store_gated(const Job& j, int64_t row, int64_t block, V gate, V up) {
   const int64_t n = block * 16;
   if (j.bias) gate = vadd(gate, vload(j.bias + n)), up = vadd(up, vload(j.bias + j.w.n_out / 2 + n));
-  with_act(j.kind, [&](auto g) { vstore(j.out.row(row) + n, vmul(g(gate), up)); });
+  with_act(j.kind, [&](auto g) { store_lanes(j, j.out.row(row) + n, vmul(g(gate), up)); });
 }
 
 // Rows [row, row + MR) of the blocks from `block` on.

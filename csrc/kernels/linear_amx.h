@@ -55,21 +55,29 @@ struct Fetch {
     else _tile_dpbssd(c, a, b);                                                                     \
   } while (0)
 
+#define PL_LOAD_A(t, p)                               \
+  do {                                                \
+    if constexpr (kPast) _tile_stream_loadd(t, p, 64); \
+    else _tile_loadd(t, p, 64);                       \
+  } while (0)
+
 // C tiles 0..3 += A B over n steps, A in tiles 4 and 5, B in 6 and 7. Two row blocks: C = 2 r + b. One: C = b.
-template <Kind kKind, int kRows, int kBlocks> PL_INLINE void accumulate(const Operands& o, int64_t n, const Fetch& fetch) {
+// kPast: A is loaded past L1, which keeps B there.
+template <Kind kKind, int kRows, int kBlocks, bool kPast> PL_INLINE void accumulate(const Operands& o, int64_t n, const Fetch& fetch_b, const Fetch& fetch_a) {
   for (int64_t t = 0; t < n; ++t) {
     const uint8_t *a = o.a + t * o.a_step, *b = o.b + t * kTile;
-    fetch.step(t);
+    fetch_b.step(t);
+    if constexpr (kPast) fetch_a.step(t);
     if constexpr (kRows == 2) {
       _tile_loadd(6, b, 64);
-      _tile_loadd(4, a, 64);
+      PL_LOAD_A(4, a);
       PL_TDP(0, 4, 6);
       if constexpr (kBlocks > 1) { _tile_loadd(7, b + o.b_block, 64); PL_TDP(1, 4, 7); }
-      _tile_loadd(5, a + o.a_block, 64);
+      PL_LOAD_A(5, a + o.a_block);
       PL_TDP(2, 5, 6);
       if constexpr (kBlocks > 1) PL_TDP(3, 5, 7);
     } else {
-      _tile_loadd(4, a, 64);
+      PL_LOAD_A(4, a);
       _tile_loadd(6, b, 64);
       PL_TDP(0, 4, 6);
       if constexpr (kBlocks > 1) { _tile_loadd(7, b + o.b_block, 64); PL_TDP(1, 4, 7); }
@@ -158,7 +166,7 @@ PL_INLINE void unpack_tile(const Job& j, int64_t b, int64_t t, uint8_t* to) {
 
 // ---- C of kRows row blocks from `row` and kBlocks lane blocks from `block`, over k tiles [t0, t0 + n) ----
 
-struct Micro { int64_t row, block, t0, n; Operands o; uint8_t *sums, *tmp; Fetch fetch; };
+struct Micro { int64_t row, block, t0, n; Operands o; uint8_t *sums, *tmp; Fetch fetch_b, fetch_a; };
 
 // The finished sums at `from` (tiles of C) to the output.
 template <Kind kKind, int kRows, int kBlocks> PL_INLINE void finish(const Job& j, const Plan& p, const Micro& m, const uint8_t* from) {
@@ -166,11 +174,12 @@ template <Kind kKind, int kRows, int kBlocks> PL_INLINE void finish(const Job& j
   for (int b = 0; b < kBlocks; ++b) s[b] = kKind == Kind::int8 ? scales_of(j.w, 1, m.block + b * j.apart, 0) : Scales{vzero(), vzero()};
   for (int rb = 0; rb < kRows; ++rb) {
     const int64_t row = m.row + rb * p.mr, rows = min_of(p.mr, j.n_rows - row);
+    const float* xs = kKind == Kind::int8 ? j.a.scale + j.a.scale_at(row, 0) : nullptr;
     for (int64_t r = 0; r < rows; ++r) {
       V y[1][kBlocks];
       for (int b = 0; b < kBlocks; ++b) {
         const uint8_t* c = from + (rb * kBlocks + b) * kTile + r * 64;
-        if constexpr (kKind == Kind::int8) y[0][b] = fold<false>(vzero(), iload(c), j.a.scale[j.a.scale_at(row + r, 0)], 0, s[b]);
+        if constexpr (kKind == Kind::int8) y[0][b] = fold<false>(vzero(), iload(c), xs[r], 0, s[b]);
         else y[0][b] = vload(reinterpret_cast<const float*>(c));
       }
       store_rows(j, row + r, m.block, y);
@@ -182,7 +191,7 @@ template <Kind kKind, int kRows, int kBlocks> PL_INLINE void finish(const Job& j
 template <Kind kKind, int kRows, int kBlocks> void micro_plain(const Job& j, const Plan& p, const Micro& m) {
   if (m.t0 == 0) zero_tiles<kRows, kBlocks>();
   else load_tiles<kRows, kBlocks>(m.sums);
-  accumulate<kKind, kRows, kBlocks>(m.o, m.n, m.fetch);
+  accumulate<kKind, kRows, kBlocks, true>(m.o, m.n, m.fetch_b, m.fetch_a);
   store_tiles<kRows, kBlocks>(m.sums);
   if (m.t0 + m.n == p.n_tiles) finish<kKind, kRows, kBlocks>(j, p, m, m.sums);
 }
@@ -214,7 +223,7 @@ template <Kind kKind, bool kMins, int kRows, int kBlocks> void micro_grouped(con
       const int64_t k = g * group - m.t0 * 64, tile = k / 64, half = k % 64;
       const Operands o = {m.o.a + tile * m.o.a_step + half, m.o.a_block, m.o.a_step, m.o.b + tile * kTile + half * 16, m.o.b_block};
       zero_tiles<kRows, kBlocks>();
-      accumulate<kKind, kRows, kBlocks>(o, steps, m.fetch);
+      accumulate<kKind, kRows, kBlocks, false>(o, steps, m.fetch_b, m.fetch_a);
       store_tiles<kRows, kBlocks>(tmp[g & 1]);
     }
     if (g > g0) fold_tiles<kMins, kRows, kBlocks>(j, p, m, g - 1, tmp[(g - 1) & 1]);
@@ -236,7 +245,7 @@ template <int kRows, int kBlocks> PL_INLINE void micro(const Job& j, const Plan&
 // K tiles [t0, t0 + n) of lane blocks from `at`, unpacked where they must be.
 template <int kBlocks> PL_INLINE Operands few_operands(const Job& j, const Plan& p, int64_t at, int64_t t0, int64_t n, uint8_t* scratch) {
   const int64_t a_step = j.a.mr * 64;
-  Operands o = {j.a.row(0) + t0 * a_step, p.n_tiles * 16 * 64, a_step, j.weights(at) + t0 * kTile, j.step};
+  Operands o = {j.a.row(0) + t0 * a_step, j.a.wide * 16 * 64, a_step, j.weights(at) + t0 * kTile, j.step};
   if (!p.unpacks) return o;
   for (int64_t t = 0; t < n; ++t)
     for (int b = 0; b < kBlocks; ++b) unpack_tile(j, at + b * j.apart, t0 + t, scratch + p.unpacked_at + (b * p.chunk + t) * kTile);
@@ -251,10 +260,10 @@ template <Kind kKind, int kRows, int kBlocks> void few_plain(const Job& j, const
   for (int64_t t0 = 0; t0 < p.n_tiles; t0 += p.chunk) {
     const int64_t n = min_of(p.chunk, p.n_tiles - t0);
     const Operands o = few_operands<kBlocks>(j, p, at, t0, n, scratch);
-    accumulate<kKind, kRows, kBlocks>(o, n, {o.b + 2 * kPrefetch, j.step, p.unpacks ? 0 : kBlocks, 16});
+    accumulate<kKind, kRows, kBlocks, false>(o, n, {o.b + 2 * kPrefetch, j.step, p.unpacks ? 0 : kBlocks, 16}, {});
   }
   store_tiles<kRows, kBlocks>(scratch);
-  finish<kKind, kRows, kBlocks>(j, p, {0, at, 0, p.n_tiles, {}, scratch, nullptr, {}}, scratch);
+  finish<kKind, kRows, kBlocks>(j, p, {0, at, 0, p.n_tiles, {}, scratch, nullptr, {}, {}}, scratch);
 }
 
 template <int kRows, int kBlocks> void few_blocks(const Job& j, const Plan& p, int64_t at, uint8_t* scratch) {
@@ -264,7 +273,7 @@ template <int kRows, int kBlocks> void few_blocks(const Job& j, const Plan& p, i
     const int64_t n = min_of(p.chunk, p.n_tiles - t0);
     const Operands o = few_operands<kBlocks>(j, p, at, t0, n, scratch);
     const Fetch fetch = {o.b + 2 * kPrefetch, j.step, p.unpacks ? 0 : kBlocks, 16};
-    micro<kRows, kBlocks>(j, p, {0, at, t0, n, o, scratch, scratch + p.tmp_at, fetch});
+    micro<kRows, kBlocks>(j, p, {0, at, t0, n, o, scratch, scratch + p.tmp_at, fetch, {}});
   }
 }
 
@@ -290,36 +299,52 @@ inline void few_rows(const Job& j, const Plan& p, int64_t first, int64_t last, u
 
 // ---- many rows ----
 
-// A pair of lane blocks (or the last one) for all rows of the panel, over k tiles [t0, t0 + n); `next` is fetched meanwhile.
-template <int kBlocks>
-void panel_rows(const Job& j, const Plan& p, int64_t at, int64_t row0, int64_t row1, int64_t t0, int64_t n, const uint8_t* next, uint8_t* sums, uint8_t* scratch) {
-  Operands o = {nullptr, p.n_tiles * 16 * 64, 16 * 64, j.weights(at) + t0 * kTile, j.step};
+// A task: leading lane blocks [first, last) of rows [row0, row1).
+struct Task { int64_t first, last, row0, row1; };
+inline Task task_of(const Job& j, const Plan& p, int64_t i) {
+  const int64_t first = i % p.n_strips * p.strip, row0 = i / p.n_strips * p.panel;
+  return {first, min_of(j.n_lead, first + p.strip), row0, min_of(j.n_rows, row0 + p.panel)};
+}
+
+// A pair of lane blocks (or the last one) for all rows of a panel, over k tiles [t0, t0 + n). Meanwhile come the next pair's weights and
+// this pair's share of the activations of the next chunk: `share` lines of each k tile, from the first row block of the panel at `a`.
+struct Stage { int64_t at, t0, n; const uint8_t *next_b, *next_a; int64_t share; uint8_t* sums; };
+
+template <int kBlocks> void panel_rows(const Job& j, const Plan& p, const Task& task, const Stage& g, uint8_t* scratch) {
+  Operands o = {nullptr, j.a.wide * kTile, kTile, j.weights(g.at) + g.t0 * kTile, j.step};
   if (p.unpacks) {
     o.b = scratch + p.unpacked_at, o.b_block = p.chunk * kTile;
     for (int b = 0; b < kBlocks; ++b)
-      for (int64_t t = 0; t < n; ++t) unpack_tile(j, at + b * j.apart, t0 + t, scratch + p.unpacked_at + (b * p.chunk + t) * kTile);
+      for (int64_t t = 0; t < g.n; ++t) unpack_tile(j, g.at + b * j.apart, g.t0 + t, scratch + p.unpacked_at + (b * p.chunk + t) * kTile);
   }
   publish(o.b);
-  for (int64_t row = row0; row < row1; row += 32, sums += 2 * kBlocks * kTile) {
-    o.a = j.a.row(row) + t0 * 16 * 64;
-    const Fetch fetch = {next + (row - row0) / 32 * n * 64, j.step, p.unpacks ? 0 : kBlocks, 1};
-    const Micro m = {row, at, t0, n, o, sums, scratch + p.tmp_at, fetch};
-    if (row1 - row > 16) micro<2, kBlocks>(j, p, m);
+  const int64_t lines = min_of<int64_t>(4, ceil_div(16 * 32, task.row1 - task.row0));  // so that all of the next pair's chunk comes
+  uint8_t* sums = g.sums;
+  for (int64_t row = task.row0; row < task.row1; row += 32, sums += 2 * kBlocks * kTile) {
+    const int64_t pair = (row - task.row0) / 32;
+    o.a = j.a.row(row) + g.t0 * kTile;
+    const Fetch fetch_b = {g.next_b + pair * g.n * lines * 64, j.step, p.unpacks ? 0 : kBlocks, lines};
+    const Fetch fetch_a = {g.next_a + 2 * pair * o.a_block, o.a_block, 2, g.share};
+    const Micro m = {row, g.at, g.t0, g.n, o, sums, scratch + p.tmp_at, fetch_b, fetch_a};
+    if (task.row1 - row > 16) micro<2, kBlocks>(j, p, m);
     else micro<1, kBlocks>(j, p, m);
   }
 }
 
-inline void many_rows(const Job& j, const Plan& p, int64_t first, int64_t last, int64_t row0, int64_t row1, uint8_t* scratch) {
+inline void many_rows(const Job& j, const Plan& p, const Task& task, const Task& next, uint8_t* scratch) {
   publish(j.a.q);
-  const int64_t pair_sums = ceil_div(row1 - row0, 32) * 4 * kTile, lead = j.gate ? 1 : 2;  // leading blocks of a pair
+  const int64_t lead = j.gate ? 1 : 2, n_pairs = ceil_div(task.last - task.first, lead);  // leading blocks of a pair
+  const int64_t pair_sums = ceil_div(task.row1 - task.row0, 32) * 4 * kTile, share = min_of<int64_t>(4, ceil_div(16, n_pairs));
   for (int64_t t0 = 0; t0 < p.n_tiles; t0 += p.chunk) {
-    const int64_t n = min_of(p.chunk, p.n_tiles - t0);
-    for (int64_t at = first; at < last; at += lead) {
-      const bool more = at + lead < last;
-      const uint8_t* next = more ? j.weights(at + lead) + t0 * kTile : j.weights(first) + min_of(t0 + n, p.n_tiles - 1) * kTile;
-      uint8_t* sums = scratch + (p.chunk == p.n_tiles ? 0 : (at - first) / lead * pair_sums);
-      if (j.gate || last - at > 1) panel_rows<2>(j, p, at, row0, row1, t0, n, next, sums, scratch);
-      else panel_rows<1>(j, p, at, row0, row1, t0, n, next, sums, scratch);
+    const int64_t n = min_of(p.chunk, p.n_tiles - t0), t1 = t0 + n;
+    const bool last = t1 == p.n_tiles;
+    const uint8_t* next_a = j.a.row(last ? next.row0 : task.row0) + (last ? 0 : t1) * kTile;
+    for (int64_t i = 0; i < n_pairs; ++i) {
+      const int64_t at = task.first + i * lead;
+      const uint8_t* next_b = i + 1 < n_pairs ? j.weights(at + lead) + t0 * kTile : last ? j.weights(next.first) : j.weights(task.first) + t1 * kTile;
+      const Stage g = {at, t0, n, next_b, next_a + i * share * n * 64, share, scratch + (p.chunk == p.n_tiles ? 0 : i * pair_sums)};
+      if (j.gate || task.last - at > 1) panel_rows<2>(j, p, task, g, scratch);
+      else panel_rows<1>(j, p, task, g, scratch);
     }
   }
 }
@@ -350,8 +375,8 @@ inline Plan amx_plan(const Ctx& c, const Job& j) {
   p.mr = j.a.mr, p.n_tiles = j.a.n_tiles;
   const bool few = j.n_rows <= kFewRows;
   const int64_t limit = few ? (p.unpacks ? kChunkFew : p.n_tiles) : kChunkMany;
-  p.chunk = p.n_tiles <= limit + limit / 2 ? p.n_tiles : limit;
-  p.panel = few ? j.n_rows : kPanelRows;
+  p.chunk = min_of(p.n_tiles, round_up(ceil_div(p.n_tiles, ceil_div(p.n_tiles, limit)), 2));  // even: a group spans up to two tiles
+  p.panel = few ? j.n_rows : p.unpacks ? kPanelUnpacked : kPanelRows;
   p.n_panels = ceil_div(j.n_rows, p.panel);
   const int64_t lead = j.gate ? 1 : 2;  // leading blocks of a pair
   const int64_t share = ceil_div(j.n_lead * p.n_panels, kTasksPerThread * pool_size(c.pool));
@@ -366,15 +391,24 @@ inline Plan amx_plan(const Ctx& c, const Job& j) {
   return p;
 }
 
+// Whether outputs are too many to stay in a cache, and in whole lines.
+inline bool streams(const Job& j) {
+  const int64_t cols = j.n_lead * 16;
+  const bool lines = reinterpret_cast<uintptr_t>(j.out.p) % 64 == 0 && j.out.stride % 16 == 0;
+  return lines && !j.add.p && j.n_rows > kFewRows && j.n_rows * cols * 4 >= kStreamBytes;
+}
+
 inline void run_amx(const Ctx& c, const Job& j) {
   const Plan p = amx_plan(c, j);
-  parallel(c, p.n_strips * p.n_panels, [&](int64_t task, int thread) {
-    const int64_t first = task % p.n_strips * p.strip, last = min_of(j.n_lead, first + p.strip), row0 = task / p.n_strips * p.panel;
+  const int64_t n = p.n_strips * p.n_panels;
+  parallel(c, n, [&](int64_t i, int thread) {
+    const Task task = task_of(j, p, i);
     uint8_t* scratch = p.scratch + thread * p.scratch_size;
     configure(p, j);
-    if (j.n_rows <= kFewRows) few_rows(j, p, first, last, scratch);
-    else many_rows(j, p, first, last, row0, min_of(j.n_rows, row0 + p.panel), scratch);
+    if (j.n_rows <= kFewRows) few_rows(j, p, task.first, task.last, scratch);
+    else many_rows(j, p, task, task_of(j, p, i + 1 < n ? i + 1 : i), scratch);
     _tile_release();
+    if (j.streams) vfence();
   });
 }
 

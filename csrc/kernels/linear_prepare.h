@@ -52,13 +52,13 @@ inline void quantise_row(const float* x, int64_t n, int64_t k, const Coding8& ho
     const int64_t first = g * size, real = max_of<int64_t>(0, min_of(size, n - first));
     const float top = largest(x + first, real);
     scale[g * rows.mr] = top == 0.0f ? 1.0f : top / 127.0f;
-    const V s = vset(scale[g * rows.mr]);
+    const V inverse = vset(1.0f / scale[g * rows.mr]);  // division would take longer than all the rest
     for (int64_t begin = 0; begin < size; begin += part) {
       I total = izero();
       for (int64_t i = begin; i < begin + part; i += 16) {
         const int64_t at = first + i;
         const V v = real - i >= 16 ? vload(x + at) : i < real ? vload(x + at, real - i) : vzero();
-        total = iadd(total, quantise16(vdiv(v, s), reinterpret_cast<int8_t*>(q + at / 64 * step + at % 64)));
+        total = iadd(total, quantise16(vmul(v, inverse), reinterpret_cast<int8_t*>(q + at / 64 * step + at % 64)));
       }
       const Sums t = sums_of(total);
       *start++ = start_of(t, how.offset, how.halves);
@@ -107,12 +107,13 @@ template <class F> PL_INLINE void each_input(const Ctx& c, const LinearArgs& a, 
 // What the vector kernels take back from their codes.
 PL_INLINE Coding8 coding_of(const Weight& w, bool for_tiles) {
   const int32_t offset = w.format == Format::int8 ? (for_tiles ? 0 : kOffset8) : w.mins ? 0 : 8;
-  return {scaled_group(w), w.group, offset, w.format == Format::int4 && kHalves};
+  const bool factored = w.format == Format::int4;
+  return {scaled_group(w), factored && for_tiles ? 0 : w.group, offset, factored && kHalves};
 }
 
 // Rows as floats, padded to k and rounded when the weights are bfloat16.
 inline Rows prepare_floats(const Ctx& c, const LinearArgs& a, int64_t k) {
-  Rows rows = {a.x.p, a.x.stride, nullptr, 1, 0, 0, 0, nullptr, nullptr, nullptr};
+  Rows rows = {a.x.p, a.x.stride, nullptr, 1, 0, 0, 0, 0, nullptr, nullptr, nullptr};
   if (a.w.format == Format::f32 && !a.norm.weight) return rows;
   const int64_t wide = round_up(k, 16);
   float* to = take<float>(c, c.n_rows * wide);
@@ -121,14 +122,17 @@ inline Rows prepare_floats(const Ctx& c, const LinearArgs& a, int64_t k) {
   return rows;
 }
 
-// Rows in tiles of mr rows, the last padded with zero rows.
+// Rows in tiles of mr rows, the last padded with zero rows. Many blocks of rows lie a chunk more than their size apart: at powers of two
+// their parts of a chunk of k's would fall on the same few sets of L2.
 inline Rows prepare_tiles(const Ctx& c, const LinearArgs& a, int64_t k, int64_t n_groups, int64_t mr, bool for_tiles) {
   const bool codes = !is_float(a.w.format);
   const int64_t n_tiles = k / (codes ? 64 : 32), n_padded = round_up(c.n_rows, mr), n_scales = scaled_group(a.w) ? n_groups : 1;
-  uint8_t* q = take<uint8_t>(c, n_padded * n_tiles * 64);
+  const int64_t wide = n_tiles + (n_padded > kFewRows && for_tiles ? kChunkMany : 0);
+  if (for_tiles && a.w.format == Format::int4) n_groups = 1;  // tiles hold signed weights: nothing to take back
+  uint8_t* q = take<uint8_t>(c, n_padded * wide * 64);
   float* scale = codes ? take<float>(c, n_padded * n_scales) : nullptr;
   int32_t* sums = codes ? take<int32_t>(c, 2 * n_padded * n_groups) : nullptr;
-  const Rows rows = {a.x.p, a.x.stride, q, mr, n_tiles, n_scales, n_groups, scale, sums, codes ? sums + n_padded * n_groups : nullptr};
+  const Rows rows = {a.x.p, a.x.stride, q, mr, n_tiles, wide, n_scales, n_groups, scale, sums, codes ? sums + n_padded * n_groups : nullptr};
   const Coding8 how = coding_of(a.w, for_tiles);
   each_input(c, a, [&](int64_t r, const float* x) {
     if (codes) quantise_row(x, a.w.n_in, k, how, rows, r);

@@ -98,7 +98,7 @@ def activations(x: np.ndarray, kp: int, group: int) -> tuple[np.ndarray, np.ndar
     g = np.pad(x, ((0, 0), (0, kp - x.shape[1]))).reshape(x.shape[0], -1, group or kp)
     s = np.abs(g).max(2) / np.float32(127)
     s[s == 0] = 1
-    return np.rint(g / s[..., None]), s
+    return np.rint(g * (np.float32(1) / s)[..., None]), s
 
 
 def exact(x: np.ndarray, fmt: str, plain: dict[str, np.ndarray], group: int, bias: np.ndarray | None) -> np.ndarray:

@@ -77,6 +77,7 @@ inline void dot_bf16(int c, int a, int b) {
 #undef _tile_release
 #undef _tile_zero
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_dpbssd
 #undef _tile_dpbsud
@@ -86,6 +87,7 @@ inline void dot_bf16(int c, int a, int b) {
 #define _tile_release() ((void)0)
 #define _tile_zero(t) emulated::zero(t)
 #define _tile_loadd(t, p, stride) emulated::load(t, p, stride)
+#define _tile_stream_loadd(t, p, stride) emulated::load(t, p, stride)
 #define _tile_stored(t, p, stride) emulated::store(t, p, stride)
 #define _tile_dpbssd(c, a, b) emulated::dot8<int8_t, int8_t>(c, a, b)
 #define _tile_dpbsud(c, a, b) emulated::dot8<int8_t, uint8_t>(c, a, b)

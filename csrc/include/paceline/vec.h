@@ -19,6 +19,8 @@ PL_INLINE __mmask16 vmask(int64_t n) { return static_cast<__mmask16>((1u << n) -
 PL_INLINE V vload(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(vmask(n), p)}; }  // first n lanes, rest 0
 PL_INLINE void vstore(float* p, V a) { _mm512_storeu_ps(p, a.v); }
 PL_INLINE void vstore(float* p, V a, int64_t n) { _mm512_mask_storeu_ps(p, vmask(n), a.v); }
+PL_INLINE void vstream(float* p, V a) { _mm512_stream_ps(p, a.v); }  // past the caches, to 64 aligned bytes; ends with vfence
+PL_INLINE void vfence() { _mm_sfence(); }
 PL_INLINE V vset(float x) { return {_mm512_set1_ps(x)}; }
 PL_INLINE V vzero() { return {_mm512_setzero_ps()}; }
 PL_INLINE V vadd(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }

@@ -18,7 +18,7 @@ scales are float32 (NB, 1, 16). int4 is `scale * factor * (q - 8)`: float32 scal
 in [-15, 15] per group of 32.
 
 A linear with quantised weights quantises its activations too: per row and group of k's (per row when group is 0, and for int4) symmetric
-int8, scale = max|x| / 127 (1 where the maximum is 0), q = round-half-even(x / scale); products are summed exactly in int32 per group,
+int8, scale = max|x| / 127 (1 where the maximum is 0), q = round-half-even(x * (1 / scale)); products are summed exactly in int32 per group,
 then scaled and summed in float32 in the order of the groups. f16 weights multiply float32 activations; bf16 weights multiply
 activations rounded to bfloat16 (nearest even); both sum in float32.
 """
