@@ -30,6 +30,7 @@ CASES = {
     "int4g-g32": ("int4g", 32, False),
     "int4g-g64": ("int4g", 64, False),
     "int4g-g128": ("int4g", 128, False),
+    "int4g-g128-mins": ("int4g", 128, True),
     "int4g-g32-mins": ("int4g", 32, True),
 }
 FEW, MANY = (1, 8, 32), 512

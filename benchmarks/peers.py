@@ -52,12 +52,17 @@ class Peer:
     compiles: bool = False
 
 
+PER_ROW = "w8a8"
+BITS = (*checkpoints.BITS, PER_ROW)
+"""w8a8: 8 bits with one scale a row of weights and of activations, as vLLM's and CTranslate2's are; int8 is what our users get."""
+
+
 def _same(form: str, *bits: str) -> dict[str, tuple[str, str]]:
-    return {b: (form, b) for b in bits}
+    return {b: (form, b) for b in bits} | ({PER_ROW: (form, "int8")} if "int8" in bits else {})
 
 
 PEERS: Mapping[str, Peer] = {
-    report.OURS: Peer(None, "run_ours.py", dict.fromkeys(checkpoints.BITS, ("hf", "bf16")), isas=("native", "avx2")),
+    report.OURS: Peer(None, "run_ours.py", dict.fromkeys(BITS, ("hf", "bf16")), isas=("native", "avx2")),
     "vllm": Peer(
         "vllm",
         "run_vllm.py",
@@ -243,7 +248,7 @@ def workers(
             except RuntimeError as e:
                 failed[name] = str(e)
                 continue
-            worker = Worker(name, peer, model, bits, a)
+            worker = Worker(name, peer, model, peer.models[bits][1] if peer.environment else bits, a)
             if worker.dead:
                 failed[name] = worker.dead
                 worker.close()
@@ -412,7 +417,7 @@ def arguments() -> argparse.Namespace:
         "--quick", action="store_true", help="smollm2-135m, short works, two rounds, where not said otherwise"
     )
     p.add_argument("--shapes", nargs="+", choices=["smollm2-135m", "qwen3-0.6b", "llama-3.2-1b"])
-    p.add_argument("--bits", nargs="+", choices=checkpoints.BITS, default=list(checkpoints.BITS))
+    p.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS))
     p.add_argument("--work", nargs="+", choices=list(WORKS))
     p.add_argument("--peers", nargs="+", choices=list(PEERS), help="default: all")
     p.add_argument(

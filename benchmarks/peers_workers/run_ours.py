@@ -12,7 +12,7 @@ from paceline import LLM, SamplingParams
 from paceline.analysis import speed
 from paceline.assemble import native_isas
 
-FORMATS = {"bf16": "bf16", "int8": "int8", "int4": "int4"}
+FORMATS = {"bf16": "bf16", "int8": "int8", "w8a8": "int8:group=0", "int4": "int4"}
 
 
 def isa() -> str | None:

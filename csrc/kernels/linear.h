@@ -17,8 +17,9 @@ constexpr int64_t kVnniRows32 = 16;         // the same for int4g in groups of 3
 constexpr int64_t kFewRows = 32;            // AMX: two row blocks, whose sums stay in tiles
 constexpr int64_t kPanelRows = 256;         // AMX: rows a task takes through its strip
 constexpr int64_t kPanelUnpacked = 512;     // AMX: the same where weights are unpacked for each panel
-constexpr int64_t kMaxStrip = 8;            // AMX: lane blocks of a strip
+constexpr int64_t kMaxStrip = 16;           // AMX: lane blocks of a strip
 constexpr int64_t kChunkMany = 16;          // AMX: at most so many k tiles in a chunk where rows are many: 2 lane blocks of them in L1
+constexpr int64_t kPanelBytes = 768 << 10;   // AMX: activations of a panel that stay in L2 beside the rest
 constexpr int64_t kStreamBytes = 2 << 20;   // AMX: outputs from this size on are written past the caches
 constexpr int64_t kChunkFew = 4;            // AMX: k tiles of 4 lane blocks unpacked at once where rows are few, in L1
 constexpr int64_t kTasksPerThread = 4;      // AMX: for balance
@@ -242,11 +243,14 @@ PL_INLINE void store_block(const Job& j, int64_t row, int64_t block, V y) {
   }
 }
 
-// The result of a pair of blocks, `block` of the gates and its ups.
-__attribute__((noinline)) inline void store_gated(const Job& j, int64_t row, int64_t block, V gate, V up) {
+// The result of a pair of blocks, `block` of the gates and its ups; act: the activation.
+template <class A> PL_INLINE void store_gated(const Job& j, int64_t row, int64_t block, V gate, V up, A act) {
   const int64_t n = block * 16;
   if (j.bias) gate = vadd(gate, vload(j.bias + n)), up = vadd(up, vload(j.bias + j.w.n_out / 2 + n));
-  with_act(j.kind, [&](auto g) { store_lanes(j, j.out.row(row) + n, vmul(g(gate), up)); });
+  store_lanes(j, j.out.row(row) + n, vmul(act(gate), up));
+}
+__attribute__((noinline)) inline void store_gated(const Job& j, int64_t row, int64_t block, V gate, V up) {
+  with_act(j.kind, [&](auto act) { store_gated(j, row, block, gate, up, act); });
 }
 
 // Rows [row, row + MR) of the blocks from `block` on.

@@ -11,7 +11,8 @@
 // L2 gives 32 bytes a cycle for A and 8 for C at full speed (64 cycles per 2 x 2 products); it can give 48.
 //
 // Formats with a float scale per group of k's end an integer sum after each group: C of the group goes through memory to be folded
-// into float32 sums. Twelve vector operations a row and group against 8 or 16 cycles of tiles: these formats are slower than the others.
+// into float32 sums. Convert, scale and add 16 rows: 24 cycles; a product takes 16, and with groups of 32 half of it is empty: at most a
+// third of the peak.
 #pragma once
 #include "linear.h"
 
@@ -61,13 +62,23 @@ struct Fetch {
     else _tile_loadd(t, p, 64);                       \
   } while (0)
 
+// Weights and activations that are multiplied next, and the rows that are added to this product's result, `per_step` at each step.
+struct Ahead {
+  Fetch b, a;
+  const float* add;
+  int64_t stride, per_step;
+  PL_INLINE void rows(int64_t t) const {
+    for (int64_t r = t * per_step; r < (t + 1) * per_step; ++r) __builtin_prefetch(add + r * stride, 0, 2), __builtin_prefetch(add + r * stride + 16, 0, 2);
+  }
+};
+
 // C tiles 0..3 += A B over n steps, A in tiles 4 and 5, B in 6 and 7. Two row blocks: C = 2 r + b. One: C = b.
 // kPast: A is loaded past L1, which keeps B there.
-template <Kind kKind, int kRows, int kBlocks, bool kPast> PL_INLINE void accumulate(const Operands& o, int64_t n, const Fetch& fetch_b, const Fetch& fetch_a) {
+template <Kind kKind, int kRows, int kBlocks, bool kPast> PL_INLINE void accumulate(const Operands& o, int64_t n, const Ahead& ahead) {
   for (int64_t t = 0; t < n; ++t) {
     const uint8_t *a = o.a + t * o.a_step, *b = o.b + t * kTile;
-    fetch_b.step(t);
-    if constexpr (kPast) fetch_a.step(t);
+    ahead.b.step(t);
+    if constexpr (kPast) ahead.a.step(t), ahead.rows(t);
     if constexpr (kRows == 2) {
       _tile_loadd(6, b, 64);
       PL_LOAD_A(4, a);
@@ -166,67 +177,100 @@ PL_INLINE void unpack_tile(const Job& j, int64_t b, int64_t t, uint8_t* to) {
 
 // ---- C of kRows row blocks from `row` and kBlocks lane blocks from `block`, over k tiles [t0, t0 + n) ----
 
-struct Micro { int64_t row, block, t0, n; Operands o; uint8_t *sums, *tmp; Fetch fetch_b, fetch_a; };
+struct Micro { int64_t row, block, t0, n; Operands o; uint8_t *sums, *tmp; Ahead ahead; };
 
 // The finished sums at `from` (tiles of C) to the output.
 template <Kind kKind, int kRows, int kBlocks> PL_INLINE void finish(const Job& j, const Plan& p, const Micro& m, const uint8_t* from) {
   Scales s[kBlocks];
   for (int b = 0; b < kBlocks; ++b) s[b] = kKind == Kind::int8 ? scales_of(j.w, 1, m.block + b * j.apart, 0) : Scales{vzero(), vzero()};
-  for (int rb = 0; rb < kRows; ++rb) {
-    const int64_t row = m.row + rb * p.mr, rows = min_of(p.mr, j.n_rows - row);
-    const float* xs = kKind == Kind::int8 ? j.a.scale + j.a.scale_at(row, 0) : nullptr;
-    for (int64_t r = 0; r < rows; ++r) {
-      V y[1][kBlocks];
-      for (int b = 0; b < kBlocks; ++b) {
-        const uint8_t* c = from + (rb * kBlocks + b) * kTile + r * 64;
-        if constexpr (kKind == Kind::int8) y[0][b] = fold<false>(vzero(), iload(c), xs[r], 0, s[b]);
-        else y[0][b] = vload(reinterpret_cast<const float*>(c));
+  const auto each_row = [&](auto store) {
+    for (int rb = 0; rb < kRows; ++rb) {
+      const int64_t row = m.row + rb * p.mr, rows = min_of(p.mr, j.n_rows - row);
+      const float* xs = kKind == Kind::int8 ? j.a.scale + j.a.scale_at(row, 0) : nullptr;
+      const uint8_t* c = from + rb * kBlocks * kTile;
+      for (int64_t r = 0; r < rows; ++r, c += 64) {
+        V y[kBlocks];
+        for (int b = 0; b < kBlocks; ++b) {
+          if constexpr (kKind == Kind::int8) y[b] = fold<false>(vzero(), iload(c + b * kTile), xs[r], 0, s[b]);
+          else y[b] = vload(reinterpret_cast<const float*>(c + b * kTile));
+        }
+        store(row + r, y);
       }
-      store_rows(j, row + r, m.block, y);
     }
-  }
+  };
+  if constexpr (kBlocks == 2)
+    if (j.gate) return with_act(j.kind, [&](auto act) { each_row([&](int64_t row, const V(&y)[kBlocks]) { store_gated(j, row, m.block, y[0], y[1], act); }); });
+  each_row([&](int64_t row, const V(&y)[kBlocks]) {
+    for (int b = 0; b < kBlocks; ++b) store_block(j, row, m.block + b, y[b]);
+  });
 }
 
 // One sum in float32 (bf16) or int32 over all of K; it waits at `sums` between chunks.
 template <Kind kKind, int kRows, int kBlocks> void micro_plain(const Job& j, const Plan& p, const Micro& m) {
   if (m.t0 == 0) zero_tiles<kRows, kBlocks>();
   else load_tiles<kRows, kBlocks>(m.sums);
-  accumulate<kKind, kRows, kBlocks, true>(m.o, m.n, m.fetch_b, m.fetch_a);
+  accumulate<kKind, kRows, kBlocks, true>(m.o, m.n, m.ahead);
   store_tiles<kRows, kBlocks>(m.sums);
   if (m.t0 + m.n == p.n_tiles) finish<kKind, kRows, kBlocks>(j, p, m, m.sums);
 }
 
-// Int32 sums of group g at `tmp` into the float32 ones.
-template <bool kMins, int kRows, int kBlocks> PL_INLINE void fold_tiles(const Job& j, const Plan& p, const Micro& m, int64_t g, const uint8_t* tmp) {
-  for (int b = 0; b < kBlocks; ++b) {
-    const Scales s = scales_of(j.w, j.n_groups, m.block + b * j.apart, g);
-    for (int rb = 0; rb < kRows; ++rb) {
-      const uint8_t* dot = tmp + (rb * kBlocks + b) * kTile;
-      float* sum = reinterpret_cast<float*>(m.sums + (rb * kBlocks + b) * kTile);
-      const int64_t row = m.row + rb * p.mr, rows = min_of(p.mr, j.n_rows - row);
-      const float* xs = j.a.scale + j.a.scale_at(row, g);
-      const int32_t *start = j.a.start + row * j.n_groups + g, *xq = j.a.sum + row * j.n_groups + g;
-      for (int64_t r = 0; r < rows; ++r, dot += 64, sum += 16, start += j.n_groups, xq += j.n_groups)
-        vstore(sum, fold<kMins>(g == 0 ? vzero() : vload(sum), iadd(iload(dot), iset(*start)), xs[r], *xq, s));
-    }
+// Integer sums of up to four groups from g on (g1: the end) of one row block and one lane block, each from a tile of its own to `to`.
+template <Kind kKind> PL_INLINE void dots_of_four(const Operands& o, int64_t t0, int64_t group, int64_t g, int64_t g1, uint8_t* to) {
+  const int64_t steps = group > 64 ? group / 64 : 1;
+#define PL_DOT(i, ta, tb)                                                                       \
+  if (g + i < g1) {                                                                             \
+    const int64_t k = (g + i) * group - t0 * 64, tile = k / 64, half = k % 64;                  \
+    _tile_zero(i);                                                                              \
+    for (int64_t t = tile; t < tile + steps; ++t) {                                             \
+      _tile_loadd(tb, o.b + t * kTile + half * 16, 64);                                         \
+      _tile_loadd(ta, o.a + t * o.a_step + half, 64);                                           \
+      PL_TDP(i, ta, tb);                                                                        \
+    }                                                                                           \
+    _tile_stored(i, to + i * kTile, 64);                                                        \
   }
+  PL_DOT(0, 4, 6)
+  PL_DOT(1, 5, 7)
+  PL_DOT(2, 4, 6)
+  PL_DOT(3, 5, 7)
+#undef PL_DOT
+  publish(to);
 }
 
-// The tiles of one group are multiplied while those of the group before are folded; the two buffers lie so that no store of the one has
-// the low address bits of a load from the other.
-template <Kind kKind, bool kMins, int kRows, int kBlocks> void micro_grouped(const Job& j, const Plan& p, const Micro& m) {
-  const int64_t group = j.w.group, steps = group > 64 ? group / 64 : 1;
-  const int64_t g0 = m.t0 * 64 / group, g1 = (m.t0 + m.n) * 64 / group;
+// One row block and one lane block: float32 sums in registers, from and to `sums`. While four groups are folded the next four are
+// multiplied; the two buffers lie so that no store to the one has the low address bits of a load from the other.
+template <Kind kKind, bool kMins> PL_INLINE void grouped_block(const Job& j, const Plan& p, const Micro& m, const Operands& o, int64_t row, int64_t block, float* sums) {
+  const int64_t group = j.w.group, g0 = m.t0 * 64 / group, g1 = (m.t0 + m.n) * 64 / group;
   uint8_t* const tmp[2] = {m.tmp, m.tmp + 4 * kTile + 576};
-  for (int64_t g = g0; g <= g1; ++g) {
-    if (g < g1) {
-      const int64_t k = g * group - m.t0 * 64, tile = k / 64, half = k % 64;
-      const Operands o = {m.o.a + tile * m.o.a_step + half, m.o.a_block, m.o.a_step, m.o.b + tile * kTile + half * 16, m.o.b_block};
-      zero_tiles<kRows, kBlocks>();
-      accumulate<kKind, kRows, kBlocks, false>(o, steps, m.fetch_b, m.fetch_a);
-      store_tiles<kRows, kBlocks>(tmp[g & 1]);
+  const float* xs = j.a.scale + j.a.scale_at(row, 0);
+  const int32_t *start = j.a.start + row * j.a.n_sums, *xq = j.a.sum + row * j.a.n_sums;
+  V y[16];
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r) y[r] = m.t0 == 0 ? vzero() : vload(sums + r * 16);
+  dots_of_four<kKind>(o, m.t0, group, g0, g1, tmp[0]);
+  for (int64_t g = g0, turn = 0; g < g1; g += 4, turn ^= 1) {
+    dots_of_four<kKind>(o, m.t0, group, g + 4, g1, tmp[turn ^ 1]);
+    for (int64_t i = g; i < min_of(g + 4, g1); ++i) {
+      const Scales s = scales_of(j.w, j.n_groups, block, i);
+      const uint8_t* dot = tmp[turn] + (i - g) * kTile;
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; ++r) {
+        I d = iload(dot + r * 64);
+        if constexpr (kKind == Kind::grouped4 && !kMins) d = iadd(d, iset(start[r * j.a.n_sums + i]));
+        y[r] = fold<kMins>(y[r], d, xs[i * p.mr + r], kMins ? xq[r * j.a.n_sums + i] : 0, s);
+      }
     }
-    if (g > g0) fold_tiles<kMins, kRows, kBlocks>(j, p, m, g - 1, tmp[(g - 1) & 1]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r) vstore(sums + r * 16, y[r]);
+}
+
+template <Kind kKind, bool kMins, int kRows, int kBlocks> void micro_grouped(const Job& j, const Plan& p, const Micro& m) {
+  for (int64_t t = 0; t < m.n; ++t) m.ahead.b.step(t), m.ahead.a.step(t);
+  for (int rb = 0; rb < kRows; ++rb) {
+    for (int b = 0; b < kBlocks; ++b) {
+      const Operands o = {m.o.a + rb * m.o.a_block, 0, m.o.a_step, m.o.b + b * m.o.b_block, 0};
+      grouped_block<kKind, kMins>(j, p, m, o, m.row + rb * p.mr, m.block + b * j.apart, reinterpret_cast<float*>(m.sums + (rb * kBlocks + b) * kTile));
+    }
   }
   if (m.t0 + m.n == p.n_tiles) finish<kKind, kRows, kBlocks>(j, p, m, m.sums);
 }
@@ -260,10 +304,10 @@ template <Kind kKind, int kRows, int kBlocks> void few_plain(const Job& j, const
   for (int64_t t0 = 0; t0 < p.n_tiles; t0 += p.chunk) {
     const int64_t n = min_of(p.chunk, p.n_tiles - t0);
     const Operands o = few_operands<kBlocks>(j, p, at, t0, n, scratch);
-    accumulate<kKind, kRows, kBlocks, false>(o, n, {o.b + 2 * kPrefetch, j.step, p.unpacks ? 0 : kBlocks, 16}, {});
+    accumulate<kKind, kRows, kBlocks, false>(o, n, {{o.b + 2 * kPrefetch, j.step, p.unpacks ? 0 : kBlocks, 16}, {}, nullptr, 0, 0});
   }
   store_tiles<kRows, kBlocks>(scratch);
-  finish<kKind, kRows, kBlocks>(j, p, {0, at, 0, p.n_tiles, {}, scratch, nullptr, {}, {}}, scratch);
+  finish<kKind, kRows, kBlocks>(j, p, {0, at, 0, p.n_tiles, {}, scratch, nullptr, {}}, scratch);
 }
 
 template <int kRows, int kBlocks> void few_blocks(const Job& j, const Plan& p, int64_t at, uint8_t* scratch) {
@@ -273,7 +317,7 @@ template <int kRows, int kBlocks> void few_blocks(const Job& j, const Plan& p, i
     const int64_t n = min_of(p.chunk, p.n_tiles - t0);
     const Operands o = few_operands<kBlocks>(j, p, at, t0, n, scratch);
     const Fetch fetch = {o.b + 2 * kPrefetch, j.step, p.unpacks ? 0 : kBlocks, 16};
-    micro<kRows, kBlocks>(j, p, {0, at, t0, n, o, scratch, scratch + p.tmp_at, fetch, {}});
+    micro<kRows, kBlocks>(j, p, {0, at, t0, n, o, scratch, scratch + p.tmp_at, {fetch, {}, nullptr, 0, 0}});
   }
 }
 
@@ -319,13 +363,15 @@ template <int kBlocks> void panel_rows(const Job& j, const Plan& p, const Task& 
   }
   publish(o.b);
   const int64_t lines = min_of<int64_t>(4, ceil_div(16 * 32, task.row1 - task.row0));  // so that all of the next pair's chunk comes
+  const bool adds = j.add.p && g.t0 + g.n == p.n_tiles;
   uint8_t* sums = g.sums;
   for (int64_t row = task.row0; row < task.row1; row += 32, sums += 2 * kBlocks * kTile) {
     const int64_t pair = (row - task.row0) / 32;
     o.a = j.a.row(row) + g.t0 * kTile;
     const Fetch fetch_b = {g.next_b + pair * g.n * lines * 64, j.step, p.unpacks ? 0 : kBlocks, lines};
     const Fetch fetch_a = {g.next_a + 2 * pair * o.a_block, o.a_block, 2, g.share};
-    const Micro m = {row, g.at, g.t0, g.n, o, sums, scratch + p.tmp_at, fetch_b, fetch_a};
+    const float* add = j.add.p + row * j.add.stride + g.at * 16;
+    const Micro m = {row, g.at, g.t0, g.n, o, sums, scratch + p.tmp_at, {fetch_b, fetch_a, add, j.add.stride, adds ? ceil_div(32, g.n) : 0}};
     if (task.row1 - row > 16) micro<2, kBlocks>(j, p, m);
     else micro<1, kBlocks>(j, p, m);
   }
@@ -334,7 +380,8 @@ template <int kBlocks> void panel_rows(const Job& j, const Plan& p, const Task& 
 inline void many_rows(const Job& j, const Plan& p, const Task& task, const Task& next, uint8_t* scratch) {
   publish(j.a.q);
   const int64_t lead = j.gate ? 1 : 2, n_pairs = ceil_div(task.last - task.first, lead);  // leading blocks of a pair
-  const int64_t pair_sums = ceil_div(task.row1 - task.row0, 32) * 4 * kTile, share = min_of<int64_t>(4, ceil_div(16, n_pairs));
+  const int64_t pair_sums = ceil_div(task.row1 - task.row0, 32) * 4 * kTile, panel_bytes = (task.row1 - task.row0) * 64 * p.n_tiles;
+  const int64_t share = panel_bytes <= kPanelBytes ? 0 : min_of<int64_t>(4, ceil_div(16, n_pairs));
   for (int64_t t0 = 0; t0 < p.n_tiles; t0 += p.chunk) {
     const int64_t n = min_of(p.chunk, p.n_tiles - t0), t1 = t0 + n;
     const bool last = t1 == p.n_tiles;

@@ -130,8 +130,8 @@ inline Rows prepare_tiles(const Ctx& c, const LinearArgs& a, int64_t k, int64_t 
   const int64_t wide = n_tiles + (n_padded > kFewRows && for_tiles ? kChunkMany : 0);
   if (for_tiles && a.w.format == Format::int4) n_groups = 1;  // tiles hold signed weights: nothing to take back
   uint8_t* q = take<uint8_t>(c, n_padded * wide * 64);
-  float* scale = codes ? take<float>(c, n_padded * n_scales) : nullptr;
-  int32_t* sums = codes ? take<int32_t>(c, 2 * n_padded * n_groups) : nullptr;
+  float* scale = codes ? take<float>(c, n_padded * n_scales + 16) : nullptr;  // 16 rows are read of every block
+  int32_t* sums = codes ? take<int32_t>(c, (2 * n_padded + 16) * n_groups) : nullptr;
   const Rows rows = {a.x.p, a.x.stride, q, mr, n_tiles, wide, n_scales, n_groups, scale, sums, codes ? sums + n_padded * n_groups : nullptr};
   const Coding8 how = coding_of(a.w, for_tiles);
   each_input(c, a, [&](int64_t r, const float* x) {
