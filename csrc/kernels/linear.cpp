@@ -4,10 +4,10 @@
 // FLOPs: 2 M N K. Weights / FLOPs fix the regime: at M = 1 every format is bound by memory (time = bytes / bandwidth); with B bytes per
 // weight the crossing to arithmetic lies at M = peak * B / (2 * bandwidth), about 200 rows for bf16 and int8 on two AMX cores.
 //
-// Batch-invariant: an output adds up its products in the order of k, on the same instruction whatever M is. bf16 on AMX machines
-// always runs on tiles, since TDPBF16PS adds pairs in another order than VDPBF16PS. Integer sums are exact, so formats of codes may
-// switch between tiles and vectors; their float part is `fold`, in the order of the groups, on both. int4 has whole factors instead of
-// float scales for its groups of 32, so that all of K is one integer sum.
+// Batch-invariant: an output adds up its products in the order of k, on the same instruction whatever M is. On AMX machines what is
+// multiplied as bfloat16 (bf16, int8 in groups) always runs on tiles, since TDPBF16PS adds pairs in another order
+// than VDPBF16PS. Integer sums are exact, so int4 and int8 by row may switch between tiles and vectors; their float part is `fold` on
+// both. int4 has whole factors instead of float scales for its groups of 32, so that all of K is one integer sum.
 #include "linear_amx.h"
 #include "linear_prepare.h"
 #include "linear_vector.h"
@@ -31,8 +31,7 @@ void linear(const Ctx& c, const LinearArgs& a) {
   j.apart = a.gate ? j.n_lead : 1, j.step = j.apart * j.block;
   const bool codes = !is_float(a.w.format);
 #if PL_AMX
-  const int64_t few = a.w.format == Format::int4g && a.w.group == 32 ? kVnniRows32 : kVnniRows;
-  if ((codes && j.n_rows > few) || a.w.format == Format::bf16) {
+  if (a.w.format == Format::bf16 || as_floats(a.w) || (codes && a.w.format != Format::int4g && j.n_rows > kVnniRows)) {
     j.streams = streams(j);
     j.a = prepare_tiles(c, a, j.k, j.n_groups, min_of<int64_t>(16, j.n_rows), true);
     return run_amx(c, j);

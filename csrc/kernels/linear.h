@@ -12,8 +12,7 @@ constexpr int64_t kTaskBytes = 256 << 10;   // weight bytes of a task: about 15 
 constexpr int64_t kWakeBytes = 16 << 10;    // weight bytes worth waking a thread for: about 1 us
 constexpr int64_t kStrip = 4;               // lane blocks whose weights all rows pass over before the next
 constexpr int64_t kPrefetch = 2048;         // bytes ahead in each block's weight stream
-constexpr int64_t kVnniRows = 4;            // int8, int4 on AMX machines: up to this many rows the vector kernels are faster
-constexpr int64_t kVnniRows32 = 16;         // the same for int4g in groups of 32, where folding the groups outweighs the tiles
+constexpr int64_t kVnniRows = 4;            // int4 and int8 by row on AMX machines: up to this many rows the vector kernels are faster
 constexpr int64_t kFewRows = 32;            // AMX: two row blocks, whose sums stay in tiles
 constexpr int64_t kPanelRows = 256;         // AMX: rows a task takes through its strip
 constexpr int64_t kPanelUnpacked = 512;     // AMX: the same where weights are unpacked for each panel
@@ -48,6 +47,10 @@ PL_INLINE int64_t block_bytes(const Weight& w) {
 
 // k's that share a scale of the activations: those of a group of weights, or all (0) where the integer sums run over all of K.
 PL_INLINE int64_t scaled_group(const Weight& w) { return w.format == Format::int4 ? 0 : w.group; }
+
+// On tiles int8 with a float scale per group of k's multiplies as bfloat16; else activations of codes become codes too.
+PL_INLINE bool as_floats(const Weight& w) { return w.format == Format::int8 && w.group != 0; }
+PL_INLINE bool on_codes(const Weight& w, bool for_tiles) { return !is_float(w.format) && !(for_tiles && as_floats(w)); }
 
 // Activations in the order the kernels read them.
 //   floats     row r at x + r * ldx

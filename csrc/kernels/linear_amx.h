@@ -1,18 +1,17 @@
-// Linear on AMX tiles. A B tile is 1 KiB of the packed layout as it lies in memory: 32 (bf16) or 64 (int8) k's of 16 outputs; int4 is
-// unpacked to such tiles first. C is two blocks of 16 rows by two of 16 outputs (one by four where rows are few).
+// Linear on AMX tiles. A B tile is 1 KiB of the packed layout as it lies in memory: 32 (bf16) or 64 (int8) k's of 16 outputs. int4 is
+// unpacked to such tiles first: signed bytes, factors taken in. int8 in groups of k's with a float scale each is unpacked to bfloat16: sums
+// of integers would have to leave the tiles after every group, which takes four times as long as the products. int4g has more codes a
+// byte, and unpacking takes longer than memory: it stays on vectors. C is two blocks of 16 rows by two of 16 outputs (one by four where rows are few).
 //
 // Few rows (up to two blocks): bound by memory. Weights pass once, in order, straight into tiles; C stays in tiles over all of K.
 //
 // Many rows: bound by arithmetic. Tiles are read twice as often as they are multiplied, so half of them must come from L1 (48 KiB):
 //   for a strip of outputs and a panel of rows (a task)
-//     for a chunk of K                                        A: panel x chunk, 512 KiB, stays in L2
-//       for a pair of lane blocks of the strip                B: 2 x chunk, 32 KiB, stays in L1
+//     for a chunk of K                                        A: panel x chunk, 256 KiB, stays in L2
+//       for a pair of lane blocks of the strip                B: 2 x chunk, 32 KiB, stays in L1: A is loaded past it
 //         for a pair of row blocks of the panel               C += A B; C waits in L2 between chunks
-// L2 gives 32 bytes a cycle for A and 8 for C at full speed (64 cycles per 2 x 2 products); it can give 48.
-//
-// Formats with a float scale per group of k's end an integer sum after each group: C of the group goes through memory to be folded
-// into float32 sums. Convert, scale and add 16 rows: 24 cycles; a product takes 16, and with groups of 32 half of it is empty: at most a
-// third of the peak.
+// Meanwhile the next pair's B, the next chunk's A and the rows to be added are fetched into L2. What is written is written once and
+// too large to be read from a cache later: it goes past them.
 #pragma once
 #include "linear.h"
 
@@ -23,7 +22,7 @@ namespace {
 
 constexpr int64_t kTile = 1024;
 
-enum class Kind { bf16, int8, grouped8, grouped4 };  // bf16; signed codes over all of K; with float scales, signed and unsigned codes
+enum class Kind { bf16, int8 };  // bfloat16, or signed bytes: one sum over all of K either way
 
 struct Plan {
   Kind kind;
@@ -33,7 +32,7 @@ struct Plan {
   int64_t strip, panel;    // leading lane blocks, rows
   int64_t n_strips, n_panels;
   uint8_t* scratch;        // per thread
-  int64_t scratch_size, unpacked_at, tmp_at;
+  int64_t scratch_size, unpacked_at;
 };
 
 // Where tiles come from: rows of A at `a`, lane blocks of B at `b`; steps from one row block, lane block and k tile to the next.
@@ -52,7 +51,6 @@ struct Fetch {
 #define PL_TDP(c, a, b)                                                                             \
   do {                                                                                              \
     if constexpr (kKind == Kind::bf16) _tile_dpbf16ps(c, a, b);                                     \
-    else if constexpr (kKind == Kind::grouped4) _tile_dpbsud(c, a, b);                              \
     else _tile_dpbssd(c, a, b);                                                                     \
   } while (0)
 
@@ -126,14 +124,31 @@ template <int kRows, int kBlocks> PL_INLINE void store_tiles(uint8_t* p) {
   publish(p);
 }
 
-// ---- int4 into tiles of bytes ----
+// ---- codes into tiles ----
 
-// 64 k's of 16 outputs of the grouped format: codes 0..15.
-PL_INLINE void unpack_codes(const uint8_t* from, uint8_t* to) {
+// Byte kAt of each lane's four, put into the mantissa of 32768, gives 32768 + byte: times the scale, less 32896 scales, it is the scaled
+// weight of code byte - 128, exactly.
+template <int kAt> PL_INLINE __m512i scaled_weights(__m512i v, __m512 scale, __m512 back) {
+  const __m512i from = _mm512_set4_epi32((12 + kAt) << 8, (8 + kAt) << 8, (4 + kAt) << 8, kAt << 8), one = _mm512_set1_epi32(0x47000000);
+  const __m512i f = _mm512_mask_shuffle_epi8(one, 0x2222222222222222, v, from);
+  return _mm512_castps_si512(_mm512_fmsub_ps(_mm512_castsi512_ps(f), scale, back));
+}
+
+// Two vectors as bfloat16 in pairs, ties away from zero: a conversion and a permutation would take twice as long.
+PL_INLINE __m512i rounded_pairs(__m512i first, __m512i second) {
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(_mm512_add_epi32(first, half), 16), _mm512_add_epi32(second, half));
+}
+
+// 32 k's of 16 outputs of int8 in groups: four k's a vector.
+PL_INLINE void unpack_scaled(const uint8_t* from, V scale, uint8_t* to) {
+  const __m512 s = scale.v, back = _mm512_mul_ps(s, _mm512_set1_ps(32896.0f));
+  const __m512i flip = _mm512_set1_epi8(-128);
+#pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
-    const I v = iload(from + i * 64);
-    _mm512_store_si512(to + i * 64, low_nibbles(v).v);
-    _mm512_store_si512(to + 512 + i * 64, high_nibbles(v).v);
+    const __m512i v = _mm512_xor_si512(_mm512_loadu_si512(from + i * 64), flip);
+    _mm512_store_si512(to + i * 128, rounded_pairs(scaled_weights<0>(v, s, back), scaled_weights<1>(v, s, back)));
+    _mm512_store_si512(to + i * 128 + 64, rounded_pairs(scaled_weights<2>(v, s, back), scaled_weights<3>(v, s, back)));
   }
 }
 
@@ -172,12 +187,12 @@ PL_INLINE void unpack_tile(const Job& j, int64_t b, int64_t t, uint8_t* to) {
   const uint8_t* from = j.weights(b) + t * 512;
   for (int i = 0; i < 8; ++i) __builtin_prefetch(from + kPrefetch + i * 64, 0, 3);
   if (j.w.format == Format::int4) unpack_factored(from, j.w.factors + (b * j.n_groups + 2 * t) * 16, to);
-  else unpack_codes(from, to);
+  else unpack_scaled(from, scales_of(j.w, j.n_groups, b, t * 32 / j.w.group).scale, to);
 }
 
 // ---- C of kRows row blocks from `row` and kBlocks lane blocks from `block`, over k tiles [t0, t0 + n) ----
 
-struct Micro { int64_t row, block, t0, n; Operands o; uint8_t *sums, *tmp; Ahead ahead; };
+struct Micro { int64_t row, block, t0, n; Operands o; uint8_t* sums; Ahead ahead; };
 
 // The finished sums at `from` (tiles of C) to the output.
 template <Kind kKind, int kRows, int kBlocks> PL_INLINE void finish(const Job& j, const Plan& p, const Micro& m, const uint8_t* from) {
@@ -214,74 +229,9 @@ template <Kind kKind, int kRows, int kBlocks> void micro_plain(const Job& j, con
   if (m.t0 + m.n == p.n_tiles) finish<kKind, kRows, kBlocks>(j, p, m, m.sums);
 }
 
-// Integer sums of up to four groups from g on (g1: the end) of one row block and one lane block, each from a tile of its own to `to`.
-template <Kind kKind> PL_INLINE void dots_of_four(const Operands& o, int64_t t0, int64_t group, int64_t g, int64_t g1, uint8_t* to) {
-  const int64_t steps = group > 64 ? group / 64 : 1;
-#define PL_DOT(i, ta, tb)                                                                       \
-  if (g + i < g1) {                                                                             \
-    const int64_t k = (g + i) * group - t0 * 64, tile = k / 64, half = k % 64;                  \
-    _tile_zero(i);                                                                              \
-    for (int64_t t = tile; t < tile + steps; ++t) {                                             \
-      _tile_loadd(tb, o.b + t * kTile + half * 16, 64);                                         \
-      _tile_loadd(ta, o.a + t * o.a_step + half, 64);                                           \
-      PL_TDP(i, ta, tb);                                                                        \
-    }                                                                                           \
-    _tile_stored(i, to + i * kTile, 64);                                                        \
-  }
-  PL_DOT(0, 4, 6)
-  PL_DOT(1, 5, 7)
-  PL_DOT(2, 4, 6)
-  PL_DOT(3, 5, 7)
-#undef PL_DOT
-  publish(to);
-}
-
-// One row block and one lane block: float32 sums in registers, from and to `sums`. While four groups are folded the next four are
-// multiplied; the two buffers lie so that no store to the one has the low address bits of a load from the other.
-template <Kind kKind, bool kMins> PL_INLINE void grouped_block(const Job& j, const Plan& p, const Micro& m, const Operands& o, int64_t row, int64_t block, float* sums) {
-  const int64_t group = j.w.group, g0 = m.t0 * 64 / group, g1 = (m.t0 + m.n) * 64 / group;
-  uint8_t* const tmp[2] = {m.tmp, m.tmp + 4 * kTile + 576};
-  const float* xs = j.a.scale + j.a.scale_at(row, 0);
-  const int32_t *start = j.a.start + row * j.a.n_sums, *xq = j.a.sum + row * j.a.n_sums;
-  V y[16];
-#pragma GCC unroll 16
-  for (int r = 0; r < 16; ++r) y[r] = m.t0 == 0 ? vzero() : vload(sums + r * 16);
-  dots_of_four<kKind>(o, m.t0, group, g0, g1, tmp[0]);
-  for (int64_t g = g0, turn = 0; g < g1; g += 4, turn ^= 1) {
-    dots_of_four<kKind>(o, m.t0, group, g + 4, g1, tmp[turn ^ 1]);
-    for (int64_t i = g; i < min_of(g + 4, g1); ++i) {
-      const Scales s = scales_of(j.w, j.n_groups, block, i);
-      const uint8_t* dot = tmp[turn] + (i - g) * kTile;
-#pragma GCC unroll 16
-      for (int r = 0; r < 16; ++r) {
-        I d = iload(dot + r * 64);
-        if constexpr (kKind == Kind::grouped4 && !kMins) d = iadd(d, iset(start[r * j.a.n_sums + i]));
-        y[r] = fold<kMins>(y[r], d, xs[i * p.mr + r], kMins ? xq[r * j.a.n_sums + i] : 0, s);
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < 16; ++r) vstore(sums + r * 16, y[r]);
-}
-
-template <Kind kKind, bool kMins, int kRows, int kBlocks> void micro_grouped(const Job& j, const Plan& p, const Micro& m) {
-  for (int64_t t = 0; t < m.n; ++t) m.ahead.b.step(t), m.ahead.a.step(t);
-  for (int rb = 0; rb < kRows; ++rb) {
-    for (int b = 0; b < kBlocks; ++b) {
-      const Operands o = {m.o.a + rb * m.o.a_block, 0, m.o.a_step, m.o.b + b * m.o.b_block, 0};
-      grouped_block<kKind, kMins>(j, p, m, o, m.row + rb * p.mr, m.block + b * j.apart, reinterpret_cast<float*>(m.sums + (rb * kBlocks + b) * kTile));
-    }
-  }
-  if (m.t0 + m.n == p.n_tiles) finish<kKind, kRows, kBlocks>(j, p, m, m.sums);
-}
-
 template <int kRows, int kBlocks> PL_INLINE void micro(const Job& j, const Plan& p, const Micro& m) {
-  switch (p.kind) {
-    case Kind::bf16: return micro_plain<Kind::bf16, kRows, kBlocks>(j, p, m);
-    case Kind::int8: return micro_plain<Kind::int8, kRows, kBlocks>(j, p, m);
-    case Kind::grouped8: return micro_grouped<Kind::grouped8, false, kRows, kBlocks>(j, p, m);
-    case Kind::grouped4: return j.w.mins ? micro_grouped<Kind::grouped4, true, kRows, kBlocks>(j, p, m) : micro_grouped<Kind::grouped4, false, kRows, kBlocks>(j, p, m);
-  }
+  if (p.kind == Kind::bf16) micro_plain<Kind::bf16, kRows, kBlocks>(j, p, m);
+  else micro_plain<Kind::int8, kRows, kBlocks>(j, p, m);
 }
 
 // ---- few rows ----
@@ -307,18 +257,12 @@ template <Kind kKind, int kRows, int kBlocks> void few_plain(const Job& j, const
     accumulate<kKind, kRows, kBlocks, false>(o, n, {{o.b + 2 * kPrefetch, j.step, p.unpacks ? 0 : kBlocks, 16}, {}, nullptr, 0, 0});
   }
   store_tiles<kRows, kBlocks>(scratch);
-  finish<kKind, kRows, kBlocks>(j, p, {0, at, 0, p.n_tiles, {}, scratch, nullptr, {}}, scratch);
+  finish<kKind, kRows, kBlocks>(j, p, {0, at, 0, p.n_tiles, {}, scratch, {}}, scratch);
 }
 
 template <int kRows, int kBlocks> void few_blocks(const Job& j, const Plan& p, int64_t at, uint8_t* scratch) {
-  if (p.kind == Kind::bf16) return few_plain<Kind::bf16, kRows, kBlocks>(j, p, at, scratch);
-  if (p.kind == Kind::int8) return few_plain<Kind::int8, kRows, kBlocks>(j, p, at, scratch);
-  for (int64_t t0 = 0; t0 < p.n_tiles; t0 += p.chunk) {
-    const int64_t n = min_of(p.chunk, p.n_tiles - t0);
-    const Operands o = few_operands<kBlocks>(j, p, at, t0, n, scratch);
-    const Fetch fetch = {o.b + 2 * kPrefetch, j.step, p.unpacks ? 0 : kBlocks, 16};
-    micro<kRows, kBlocks>(j, p, {0, at, t0, n, o, scratch, scratch + p.tmp_at, {fetch, {}, nullptr, 0, 0}});
-  }
+  if (p.kind == Kind::bf16) few_plain<Kind::bf16, kRows, kBlocks>(j, p, at, scratch);
+  else few_plain<Kind::int8, kRows, kBlocks>(j, p, at, scratch);
 }
 
 inline void few_rows(const Job& j, const Plan& p, int64_t first, int64_t last, uint8_t* scratch) {
@@ -371,7 +315,7 @@ template <int kBlocks> void panel_rows(const Job& j, const Plan& p, const Task& 
     const Fetch fetch_b = {g.next_b + pair * g.n * lines * 64, j.step, p.unpacks ? 0 : kBlocks, lines};
     const Fetch fetch_a = {g.next_a + 2 * pair * o.a_block, o.a_block, 2, g.share};
     const float* add = j.add.p + row * j.add.stride + g.at * 16;
-    const Micro m = {row, g.at, g.t0, g.n, o, sums, scratch + p.tmp_at, {fetch_b, fetch_a, add, j.add.stride, adds ? ceil_div(32, g.n) : 0}};
+    const Micro m = {row, g.at, g.t0, g.n, o, sums, {fetch_b, fetch_a, add, j.add.stride, adds ? ceil_div(32, g.n) : 0}};
     if (task.row1 - row > 16) micro<2, kBlocks>(j, p, m);
     else micro<1, kBlocks>(j, p, m);
   }
@@ -398,31 +342,21 @@ inline void many_rows(const Job& j, const Plan& p, const Task& task, const Task&
 
 // ---- the plan ----
 
-inline void configure(const Plan& p, const Job& j) {
+inline void configure(const Plan& p) {
   TileConfig t;
-  const int64_t k_bytes = (p.kind == Kind::grouped8 || p.kind == Kind::grouped4) && j.w.group == 32 ? 32 : 64;  // of a step
-  for (int i = 0; i < 8; ++i) {
-    t.bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? k_bytes : 64);
-    t.rows[i] = static_cast<uint8_t>(i < 6 ? p.mr : k_bytes / 4);
-  }
+  for (int i = 0; i < 8; ++i) t.bytes[i] = 64, t.rows[i] = static_cast<uint8_t>(i < 6 ? p.mr : 16);
   publish(&t);
   _tile_loadconfig(&t);
 }
 
-inline Kind kind_of(const Weight& w) {
-  if (w.format == Format::bf16) return Kind::bf16;
-  if (scaled_group(w) == 0) return Kind::int8;
-  return w.format == Format::int8 ? Kind::grouped8 : Kind::grouped4;
-}
-
 inline Plan amx_plan(const Ctx& c, const Job& j) {
   Plan p = {};
-  p.kind = kind_of(j.w);
-  p.unpacks = j.w.format == Format::int4 || j.w.format == Format::int4g;
+  p.kind = on_codes(j.w, true) ? Kind::int8 : Kind::bf16;
+  p.unpacks = j.w.format == Format::int4 || as_floats(j.w);
   p.mr = j.a.mr, p.n_tiles = j.a.n_tiles;
   const bool few = j.n_rows <= kFewRows;
   const int64_t limit = few ? (p.unpacks ? kChunkFew : p.n_tiles) : kChunkMany;
-  p.chunk = min_of(p.n_tiles, round_up(ceil_div(p.n_tiles, ceil_div(p.n_tiles, limit)), 2));  // even: a group spans up to two tiles
+  p.chunk = ceil_div(p.n_tiles, ceil_div(p.n_tiles, limit));
   p.panel = few ? j.n_rows : p.unpacks ? kPanelUnpacked : kPanelRows;
   p.n_panels = ceil_div(j.n_rows, p.panel);
   const int64_t lead = j.gate ? 1 : 2;  // leading blocks of a pair
@@ -432,8 +366,7 @@ inline Plan amx_plan(const Ctx& c, const Job& j) {
   p.n_strips = ceil_div(j.n_lead, p.strip);
   const int64_t n_pairs = p.chunk == p.n_tiles ? 1 : p.strip / lead, row_pairs = ceil_div(min_of(p.panel, j.n_rows), 32);
   p.unpacked_at = (few ? 1 : n_pairs * row_pairs) * 4 * kTile;
-  p.tmp_at = p.unpacked_at + (p.unpacks ? 4 * p.chunk * kTile : 0) + 1088;
-  p.scratch_size = p.tmp_at + 10 * kTile;
+  p.scratch_size = p.unpacked_at + (p.unpacks ? 4 * p.chunk * kTile : 0);
   p.scratch = take<uint8_t>(c, p.scratch_size * pool_size(c.pool));
   return p;
 }
@@ -451,7 +384,7 @@ inline void run_amx(const Ctx& c, const Job& j) {
   parallel(c, n, [&](int64_t i, int thread) {
     const Task task = task_of(j, p, i);
     uint8_t* scratch = p.scratch + thread * p.scratch_size;
-    configure(p, j);
+    configure(p);
     if (j.n_rows <= kFewRows) few_rows(j, p, task.first, task.last, scratch);
     else many_rows(j, p, task, task_of(j, p, i + 1 < n ? i + 1 : i), scratch);
     _tile_release();

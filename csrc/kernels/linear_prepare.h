@@ -125,13 +125,13 @@ inline Rows prepare_floats(const Ctx& c, const LinearArgs& a, int64_t k) {
 // Rows in tiles of mr rows, the last padded with zero rows. Many blocks of rows lie a chunk more than their size apart: at powers of two
 // their parts of a chunk of k's would fall on the same few sets of L2.
 inline Rows prepare_tiles(const Ctx& c, const LinearArgs& a, int64_t k, int64_t n_groups, int64_t mr, bool for_tiles) {
-  const bool codes = !is_float(a.w.format);
-  const int64_t n_tiles = k / (codes ? 64 : 32), n_padded = round_up(c.n_rows, mr), n_scales = scaled_group(a.w) ? n_groups : 1;
+  const bool codes = on_codes(a.w, for_tiles);
+  const int64_t n_tiles = k / (codes ? 64 : 32), n_padded = round_up(c.n_rows, mr), n_scales = codes && scaled_group(a.w) ? n_groups : 1;
   const int64_t wide = n_tiles + (n_padded > kFewRows && for_tiles ? kChunkMany : 0);
   if (for_tiles && a.w.format == Format::int4) n_groups = 1;  // tiles hold signed weights: nothing to take back
   uint8_t* q = take<uint8_t>(c, n_padded * wide * 64);
-  float* scale = codes ? take<float>(c, n_padded * n_scales + 16) : nullptr;  // 16 rows are read of every block
-  int32_t* sums = codes ? take<int32_t>(c, (2 * n_padded + 16) * n_groups) : nullptr;
+  float* scale = codes ? take<float>(c, n_padded * n_scales) : nullptr;
+  int32_t* sums = codes ? take<int32_t>(c, 2 * n_padded * n_groups) : nullptr;
   const Rows rows = {a.x.p, a.x.stride, q, mr, n_tiles, wide, n_scales, n_groups, scale, sums, codes ? sums + n_padded * n_groups : nullptr};
   const Coding8 how = coding_of(a.w, for_tiles);
   each_input(c, a, [&](int64_t r, const float* x) {

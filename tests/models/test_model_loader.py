@@ -291,7 +291,8 @@ def test_other_formats_stay_close(text: str, backend: str) -> None:
     bound = 0.5 if text.startswith("int4") else 0.05
     assert 0 < np.abs(a - b).max() < bound * np.abs(a).max()
     same_format = loaded(random_checkpoint(), FormatChoice.parse(text))
-    assert np.abs(run(same_format, same_format.ops, [TOKENS]) - b).max() < 0.01 * np.abs(a).max()
+    on_tiles = text == "int8" and getattr(ops, "isa", "").startswith("amx")  # activations in bfloat16 there
+    assert np.abs(run(same_format, same_format.ops, [TOKENS]) - b).max() < (0.03 if on_tiles else 0.01) * np.abs(a).max()
 
 
 def test_routers_and_positions_stay_in_floating_point() -> None:

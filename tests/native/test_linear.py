@@ -28,7 +28,7 @@ def test_against_float64(ops, shape, fmt, group, mins):
     for m in (1, 3, 5, 17, 70):
         x = matrix(100 + m, m, k)
         for b in (None, bias):
-            close(ops.linear(x, packed, b), x, w, exact(x, fmt, plain, group, b))
+            close(ops.linear(x, packed, b), x, w, exact(x, fmt, plain, group, b, ops.isa))
 
 
 @pytest.mark.parametrize(("fmt", "group", "mins"), FORMATS)
@@ -52,7 +52,7 @@ def test_many_rows_and_chunks(ops, ops1, fmt, group, mins):
     packed, plain = pack(w, fmt, group, mins)
     x = matrix(2, m, k)
     y = np.asarray(ops.linear(x, packed))
-    close(y, x, w, exact(x, fmt, plain, group, None))
+    close(y, x, w, exact(x, fmt, plain, group, None, ops.isa))
     for rows in (slice(0, 1), slice(511, 530), slice(100, 140)):
         assert np.array_equal(y[rows], np.asarray(ops1.linear(x[rows], packed)))
 

@@ -101,9 +101,20 @@ def activations(x: np.ndarray, kp: int, group: int) -> tuple[np.ndarray, np.ndar
     return np.rint(g * (np.float32(1) / s)[..., None]), s
 
 
-def exact(x: np.ndarray, fmt: str, plain: dict[str, np.ndarray], group: int, bias: np.ndarray | None) -> np.ndarray:
+def on_tiles(plain: dict[str, np.ndarray], group: int) -> np.ndarray:
+    """int8 in groups as tiles multiply it: rounded to bfloat16, ties away from zero."""
+    w = (np.repeat(plain["scales"], group, axis=1).astype(np.float64) * plain["q"]).astype(np.float32)
+    return ((w.view(np.uint32) + np.uint32(0x8000)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def exact(
+    x: np.ndarray, fmt: str, plain: dict[str, np.ndarray], group: int, bias: np.ndarray | None, isa: str = ""
+) -> np.ndarray:
     """x W^T + bias in float64, with the documented rounding of activations and nothing else rounded."""
-    if "values" in plain:
+    if isa.startswith("amx") and fmt == "int8" and group:
+        w = on_tiles(plain, group).astype(np.float64)
+        y = x.astype(ml_dtypes.bfloat16).astype(np.float64) @ w[:, : x.shape[1]].T
+    elif "values" in plain:
         xr = x.astype(ml_dtypes.bfloat16) if fmt == "bf16" else x
         y = xr.astype(np.float64) @ plain["values"].astype(np.float64).T
     else:
