@@ -91,6 +91,7 @@ template <class T> constexpr int64_t panel_rows() { return PL_AMX && Items<T>::n
 struct Scratch {
   float *q, *kt, *v, *s, *w, *zero, *edge;
   State chunk, total;
+  int64_t pairs;  // of the unit; the rows behind them, up to a multiple of 16, are nobody's
 };
 
 // Calls f(pointer, floats) for each part.
@@ -127,7 +128,6 @@ PL_INLINE void product(const T* a, int64_t lda, int64_t m, const T* b, int64_t l
                        [[maybe_unused]] float* edge, const Ahead* ahead) {
 #if PL_AMX
   if constexpr (Items<T>::n == 2) {
-    if (ahead) ahead->rest(0);
     return tile_product({a, lda, b, ldb, c, ldc}, m, nv, n, add, edge);
   }
 #endif
@@ -147,15 +147,16 @@ template <class T> void panel_of_pairs(const Job& j, const uint64_t* bits, int64
   const auto *q = reinterpret_cast<const T*>(s.q) + p * stride, *kt = reinterpret_cast<const T*>(s.kt) + 16 * g.begin;
   const auto* v = reinterpret_cast<const T*>(s.v) + first * wide;
   T* w = reinterpret_cast<T*>(s.w) + first;
-  product(q, stride, m, kt, kBlock, n_groups, s.s + 16 * g.begin, kBlock, n, false, s.edge, ahead ? ahead + 2 : nullptr);
-  if (ahead) ahead[2].rest(n * Items<T>::n);
+  const int64_t padded = PL_AMX && Items<T>::n == 2 ? round_up(m, 16) : m;
+  product(q, stride, padded, kt, kBlock, n_groups, s.s + 16 * g.begin, kBlock, n, false, s.edge, ahead ? ahead + 2 : nullptr);
+  if (ahead && !(PL_AMX && Items<T>::n == 2)) ahead[2].rest(n * Items<T>::n);
   uint64_t sees[kTilePanel];
   for (int64_t i = 0, row = p / nq, head = p % nq; i < m; ++i) {
     sees[i] = bits[row] >> 16 * g.begin;
     if (++head == nq) head = 0, ++row;
   }
   weigh(s.s + 16 * g.begin, p, m, sees, n_groups, j.a.softcap * kLog2e, wide, w, per_row, s.chunk);
-  product(w, per_row, m, v, wide, wide / 16, s.chunk.acc + p * wide, wide, n_items, true, s.edge, ahead ? ahead + 3 : nullptr);
+  product(w, per_row, p + m == s.pairs && p % 16 == 0 ? padded : m, v, wide, wide / 16, s.chunk.acc + p * wide, wide, n_items, true, s.edge, ahead ? ahead + 3 : nullptr);
 }
 
 // One block of keys for the unit's rows [r0, r1).
@@ -230,7 +231,7 @@ template <Dtype D> void attend(const Job& j, const Unit& u, int thread) {
   const Sight sight(j.step, j.a.window, g, u.seq);
   const Entries entries(g, u);
   const Sight::Range range = sight.range(u.row, u.n_rows);
-  const int64_t pairs = u.n_rows * j.n_query;
+  const int64_t pairs = s.pairs = u.n_rows * j.n_query;
   memset(s.zero, 0, static_cast<size_t>(j.wide) * 4);
   load_queries(j, u, g, reinterpret_cast<T*>(s.q));
   pad(reinterpret_cast<T*>(s.q), j.a.dim, reinterpret_cast<T*>(s.kt));
@@ -238,7 +239,11 @@ template <Dtype D> void attend(const Job& j, const Unit& u, int thread) {
   int64_t offsets[2][kBlock];
   const char* rows[2 * kBlock];
   const int64_t bytes = entries.row_bytes;
-  const Ahead ahead[4] = {{rows, 0, bytes}, {rows, 64, bytes}, {rows + kBlock, 0, bytes}, {rows + kBlock, 64, bytes}};
+  constexpr bool tiles = PL_AMX && Items<T>::n == 2;
+  constexpr int64_t step = tiles ? 64 : 128;
+  const int64_t late = tiles ? 0 : bytes;
+  const Ahead ahead[4] = {
+      {rows, 0, step, bytes}, {tiles ? rows + kBlock : rows, tiles ? 0 : 64, step, bytes}, {rows + kBlock, 0, step, late}, {rows + kBlock, 64, step, late}};
   const int64_t end = min_of((u.chunk + u.n_chunks) * kChunk, range.end), per_chunk = kChunk / kBlock;
   int64_t b = max_of(u.chunk * kChunk, range.begin) / kBlock;
   entries.offsets(b * kBlock, offsets[b & 1]);

@@ -101,14 +101,15 @@ struct Entries {
 };
 
 // The block after this one, fetched evenly while this one is worked on: a burst would fill the line buffers and stall. A block has
-// four phases (keys, values, scores, sums); each touches every second line of the next block's key or value rows.
+// four phases (keys, values, scores, sums); each touches every second line of the next block's key or value rows. With tiles the last two
+// are too short: the first two touch every line.
 struct Ahead {
-  const char* const* row;  // of kBlock indices
-  int64_t first, bytes;    // where to begin in a row, and its length
+  const char* const* row;      // of kBlock indices
+  int64_t first, step, bytes;  // where to begin in a row, from line to line, and its length
 
   PL_INLINE void touch(int64_t j) const {
     if (j >= kBlock) return;
-    for (int64_t b = first; b < bytes; b += 128) __builtin_prefetch(row[j] + b, 0, 2);
+    for (int64_t b = first; b < bytes; b += step) __builtin_prefetch(row[j] + b, 0, 2);
   }
   void rest(int64_t j) const {
     for (; j < kBlock; ++j) touch(j);
