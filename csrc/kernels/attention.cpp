@@ -90,6 +90,7 @@ template <class T> constexpr int64_t panel_rows() { return PL_AMX && Items<T>::n
 // Of one thread; sized for floats and for pairs.
 struct Scratch {
   float *q, *kt, *v, *s, *w, *zero, *edge;
+  float *qt, *stage, *st;  // few pairs on tiles: queries as columns, keys from several places, scores by key
   State chunk, total;
   int64_t pairs;  // of the unit; the rows behind them, up to a multiple of 16, are nobody's
 };
@@ -104,6 +105,9 @@ template <class F> void each_part(const Job& j, Scratch& s, F f) {
   f(&s.w, panel * kBlock);
   f(&s.zero, dim);
   f(&s.edge, PL_AMX ? 16 * max_of(j.wide, kBlock) : 0);
+  f(&s.qt, PL_AMX ? 8 * dim : 0);
+  f(&s.stage, PL_AMX ? 4 * 8 * dim : 0);
+  f(&s.st, PL_AMX ? 16 * kBlock : 0);
   f(&s.chunk.acc, j.state_floats);
   f(&s.total.acc, j.state_floats);
 }
@@ -134,6 +138,54 @@ PL_INLINE void product(const T* a, int64_t lda, int64_t m, const T* b, int64_t l
   vector_product(a, lda, m, b, ldb, nv, c, ldc, n, add, ahead);
 }
 
+// Units of at most 16 pairs on tiles take keys as they lie in the pool.
+template <class T> PL_INLINE bool by_rows([[maybe_unused]] const Scratch& s) { return PL_AMX && Items<T>::n == 2 && s.pairs <= 16; }
+
+#if PL_AMX
+// The queries of a unit by rows, as columns.
+void turn_queries(int64_t pairs, int64_t dim, const Pair* q, Pair* qt) {
+  const int64_t stride = query_stride<Pair>(dim);
+  for (int64_t d = 0; d < stride; d += 16) {
+    V r[16];
+    for (int64_t i = 0; i < 16; ++i) r[i] = i < pairs ? vload(reinterpret_cast<const float*>(q + i * stride + d)) : vzero();
+    transpose16(r);
+    for (int64_t i = 0; i < 16; ++i) vstore(reinterpret_cast<float*>(qt + (d + i) * 16), r[i]);
+  }
+}
+
+// Sixteen keys where they lie side by side and fill whole steps, else copied to `stage`, with zeros for what is missing.
+KeyRows key_rows(const Entries& e, const int64_t* offset, int64_t dim, Pair* stage) {
+  bool together = dim % 32 == 0 && offset[0] >= 0;
+  for (int i = 1; i < 16; ++i) together &= offset[i] - offset[0] == i * e.row_bytes;
+  if (together) return {e.k + offset[0], e.row_bytes};
+  const int64_t stride = query_stride<Pair>(dim);
+  for (int i = 0; i < 16; ++i) {
+    memset(stage + i * stride, 0, static_cast<size_t>(stride) * 4);
+    if (offset[i] >= 0) memcpy(stage + i * stride, e.k + offset[i], static_cast<size_t>(e.row_bytes));
+  }
+  publish(stage);
+  return {reinterpret_cast<const char*>(stage), stride * 4};
+}
+
+// Scores of all the unit's pairs at a block's keys, (pairs, 64).
+void scores_by_rows(const Job& j, const Entries& e, const int64_t* offset, uint64_t seen, const Scratch& s, const Ahead* ahead) {
+  const Groups g = groups_of<Pair>(seen);
+  KeyRows keys[4];
+  const int64_t stride = query_stride<Pair>(j.a.dim);
+  for (int t = g.begin; t < g.end; ++t) {
+    for (int i = 0; i < 16 && ahead; ++i) ahead[0].touch(16 * t + i);
+    keys[t] = key_rows(e, offset + 16 * t, j.a.dim, reinterpret_cast<Pair*>(s.stage) + t * 16 * stride);
+  }
+  tile_scores(keys, g.begin, g.end, reinterpret_cast<const Pair*>(s.qt), stride / 16, s.st);
+  for (int t = g.begin; t < g.end; ++t) {
+    V r[16];
+    for (int i = 0; i < 16; ++i) r[i] = vload(s.st + (16 * t + i) * 16);
+    transpose16(r);
+    for (int64_t i = 0; i < s.pairs; ++i) vstore(s.s + i * kBlock + 16 * t, r[i]);
+  }
+}
+#endif
+
 // A block whose keys and values are loaded, for m pairs from pair p on; bits[r]: what row r sees.
 template <class T> void panel_of_pairs(const Job& j, const uint64_t* bits, int64_t p, int64_t m, const Scratch& s, const Ahead* ahead) {
   const int64_t dim = j.a.dim, wide = j.wide, nq = j.n_query;
@@ -148,14 +200,19 @@ template <class T> void panel_of_pairs(const Job& j, const uint64_t* bits, int64
   const auto* v = reinterpret_cast<const T*>(s.v) + first * wide;
   T* w = reinterpret_cast<T*>(s.w) + first;
   const int64_t padded = PL_AMX && Items<T>::n == 2 ? round_up(m, 16) : m;
-  product(q, stride, padded, kt, kBlock, n_groups, s.s + 16 * g.begin, kBlock, n, false, s.edge, ahead ? ahead + 2 : nullptr);
-  if (ahead && !(PL_AMX && Items<T>::n == 2)) ahead[2].rest(n * Items<T>::n);
+  float* scores = s.s + 16 * g.begin;
+  if (by_rows<T>(s)) {
+    scores += p * kBlock;
+  } else {
+    product(q, stride, padded, kt, kBlock, n_groups, scores, kBlock, n, false, s.edge, ahead ? ahead + 2 : nullptr);
+    if (ahead && !(PL_AMX && Items<T>::n == 2)) ahead[2].rest(n * Items<T>::n);
+  }
   uint64_t sees[kTilePanel];
   for (int64_t i = 0, row = p / nq, head = p % nq; i < m; ++i) {
     sees[i] = bits[row] >> 16 * g.begin;
     if (++head == nq) head = 0, ++row;
   }
-  weigh(s.s + 16 * g.begin, p, m, sees, n_groups, j.a.softcap * kLog2e, wide, w, per_row, s.chunk);
+  weigh(scores, p, m, sees, n_groups, j.a.softcap * kLog2e, wide, w, per_row, s.chunk);
   product(w, per_row, p + m == s.pairs && p % 16 == 0 ? padded : m, v, wide, wide / 16, s.chunk.acc + p * wide, wide, n_items, true, s.edge, ahead ? ahead + 3 : nullptr);
 }
 
@@ -169,7 +226,12 @@ void block(const Job& j, const Entries& e, const int64_t* offset, const uint64_t
   uint64_t seen = 0, by_all = ~uint64_t{0};
   for (int64_t r = r0; r < r1; ++r) seen |= bits[r], by_all &= bits[r];
   T* v = reinterpret_cast<T*>(s.v);
-  load_block<D>(e, offset, seen, j.a.dim, j.wide, s.zero, reinterpret_cast<T*>(s.kt), v, ahead);
+#if PL_AMX
+  if (by_rows<T>(s)) scores_by_rows(j, e, offset, seen, s, ahead);
+  else
+#endif
+    load_keys<D>(e, offset, seen, j.a.dim, s.zero, reinterpret_cast<T*>(s.kt), ahead);
+  load_all_values<D>(e, offset, seen, j.a.dim, j.wide, s.zero, v, ahead);
   if (seen != by_all) {
     const Groups g = groups_of<T>(seen);
     const int64_t first = 16 / Items<T>::n * g.begin, n = 16 / Items<T>::n * (g.end - g.begin);
@@ -190,12 +252,13 @@ template <class T> void load_queries(const Job& j, const Unit& u, const GroupSte
       load_query(a.q.row(u.row + r) + (g.heads[u.head] * j.n_query + h) * a.dim, scale, a.dim, q);
 }
 
-void store_out(const Job& j, const Unit& u, const State& s) {
+template <class T> void store_out(const Job& j, const Unit& u, const State& s) {
   const GroupStep& g = j.step.groups[u.group];
   const int64_t dim = j.a.dim;
   for (int64_t p = 0; p < u.n_rows * j.n_query; ++p) {
     float* out = j.a.out.row(u.row + p / j.n_query) + (g.heads[u.head] * j.n_query + p % j.n_query) * dim;
     const V sum = vset(vsum(vload(s.sum + 16 * p)));
+    out_order(static_cast<const T*>(nullptr), s.acc + p * j.wide, dim);
     for (int64_t d = 0; d < dim; d += 16) {
       const V x = vadd(vdiv(vload(s.acc + p * j.wide + d), sum), vzero());  // -0 becomes 0
       vstore(out + d, x, min_of<int64_t>(16, dim - d));
@@ -234,6 +297,9 @@ template <Dtype D> void attend(const Job& j, const Unit& u, int thread) {
   const int64_t pairs = s.pairs = u.n_rows * j.n_query;
   memset(s.zero, 0, static_cast<size_t>(j.wide) * 4);
   load_queries(j, u, g, reinterpret_cast<T*>(s.q));
+#if PL_AMX
+  if (by_rows<T>(s)) turn_queries(pairs, j.a.dim, reinterpret_cast<const Pair*>(s.q), reinterpret_cast<Pair*>(s.qt));
+#endif
   pad(reinterpret_cast<T*>(s.q), j.a.dim, reinterpret_cast<T*>(s.kt));
   if (u.part < 0) clear(s.total, pairs, j.wide);
   int64_t offsets[2][kBlock];
@@ -258,7 +324,7 @@ template <Dtype D> void attend(const Job& j, const Unit& u, int thread) {
     }
     if (u.part < 0) merge(s.total, s.chunk, pairs, j.wide);
   }
-  if (u.part < 0) store_out(j, u, s.total);
+  if (u.part < 0) store_out<T>(j, u, s.total);
 }
 
 void attend(const Job& j, const Unit& u, int thread) {
@@ -277,7 +343,8 @@ void join(const Job& j, const Unit& u, int thread) {  // the parts of one unit, 
   const State total = scratch_of(j, thread).total;
   clear(total, u.n_rows * j.n_query, j.wide);
   for (int64_t c = 0; c < u.n_chunks; ++c) merge(total, j.state(j.parts + (u.part + c) * j.state_floats), u.n_rows * j.n_query, j.wide);
-  store_out(j, u, total);
+  if (j.step.groups[u.group].dtype == Dtype::bf16) store_out<typename ItemOf<Dtype::bf16>::Type>(j, u, total);
+  else store_out<float>(j, u, total);
 }
 
 // ---- the plan: which units there are, which of them are cut ----

@@ -1,6 +1,7 @@
 // The product of attention_product.h on AMX tiles. A tile of A is 16 rows of 16 pairs, one of B 16 pairs of 16 lanes, straight from the
 // layout that vectors read too; C is 16 x 16 float32. Two by two: C in tiles 0..3, A in 4 and 5, B in 6 and 7. A step of 16 pairs adds
-// its even and its odd items apart and then both to C: bits of its own, but the same for every row, however many share the tile.
+// its even and its odd items apart and then both to C: bits of its own, but the same for every row, however many share the tile, and
+// whether a row of queries meets columns of keys or rows of keys meet a column of queries.
 #pragma once
 #include "attention_product.h"
 #include "paceline/tile.h"
@@ -75,6 +76,27 @@ inline void tile_product(const TileOperands& o, int64_t m, int64_t nv, int64_t n
     for (int64_t i = 0; i < rest; ++i) memcpy(c + i * o.ldc, edge + i * wide, bytes);
   }
   publish(o.c);
+}
+
+// Keys as rows of A, just as they lie in the pool: with few pairs it would take longer to transpose keys than to multiply them.
+// Scores (16 keys, 16 pairs) of each group [begin, end) of keys go to `scores`, as (64, 16); qt: (steps * 16, 16), queries as columns.
+struct KeyRows { const char* p; int64_t stride; };  // sixteen keys
+inline void tile_scores(const KeyRows* keys, int begin, int end, const Pair* qt, int64_t steps, float* scores) {
+  publish(qt);
+  for (int t = begin; t < end; t += 2) {  // whole pairs of groups, as `groups_of` gives them
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t k = 0; k < steps; ++k) {
+      _tile_loadd(6, qt + k * 256, 64);
+      _tile_loadd(4, keys[t].p + k * 64, keys[t].stride);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(5, keys[t + 1].p + k * 64, keys[t + 1].stride);
+      _tile_dpbf16ps(1, 5, 6);
+    }
+    _tile_stored(0, scores + t * 256, 64);
+    _tile_stored(1, scores + (t + 1) * 256, 64);
+  }
+  publish(scores);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 //
 //   float   kt (dim, 64) keys as columns, v (64, wide), queries (pairs, dim)
 //   Pair    kt (dim / 2, 64) two dimensions a lane, v (32, wide) two keys a lane, queries (pairs, dim / 2) rounded to bfloat16;
-//           an odd last dimension stands beside a zero
+//           an odd last dimension stands beside a zero; of each whole 32 dimensions of v, and so of sums, the even ones come first
 //
 // Values of keys that no row of the unit sees are zeros: their weights are 0, and 0 times what an unused slot holds may be NaN.
 #pragma once
@@ -77,6 +77,7 @@ PL_INLINE void load_query(const float* from, float scale, int64_t dim, float* to
 }
 
 PL_INLINE void pad(const float*, int64_t, float*) {}  // nothing to pad
+PL_INLINE void out_order(const float*, float*, int64_t) {}
 
 // ---- pairs ----
 
@@ -106,11 +107,28 @@ PL_INLINE __m512i load_items(const uint16_t* p, int64_t n) {  // n <= 16 items, 
   return _mm512_cvtepu16_epi32(n == 16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)) : load_u16(p, n));
 }
 
+// Whole 32 dimensions: the 16 even ones, then the 16 odd ones (`out_order` puts them back), which takes no permutation.
 template <Dtype D> PL_INLINE void load_values(const void* const* row, int64_t dim, Pair* out) {
-  for (int64_t d = 0; d < dim; d += 16) {
+  const auto *first = static_cast<const uint16_t*>(row[0]), *second = static_cast<const uint16_t*>(row[1]);
+  int64_t d = 0;
+  for (; d + 32 <= dim; d += 32) {
+    const __m512i a = _mm512_loadu_si512(first + d), b = _mm512_loadu_si512(second + d);
+    _mm512_storeu_si512(out + d, _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)));
+    _mm512_storeu_si512(out + d + 16, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b));
+  }
+  for (; d < dim; d += 16) {
     const int64_t n = min_of<int64_t>(16, dim - d);
-    const __m512i first = load_items(static_cast<const uint16_t*>(row[0]) + d, n), second = load_items(static_cast<const uint16_t*>(row[1]) + d, n);
-    _mm512_storeu_si512(out + d, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+    _mm512_storeu_si512(out + d, _mm512_or_si512(load_items(first + d, n), _mm512_slli_epi32(load_items(second + d, n), 16)));
+  }
+}
+
+// A row of sums as `load_values` orders dimensions -> in their order.
+PL_INLINE void out_order(const Pair*, float* row, int64_t dim) {
+  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0), high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  for (int64_t d = 0; d + 32 <= dim; d += 32) {
+    const __m512 even = _mm512_loadu_ps(row + d), odd = _mm512_loadu_ps(row + d + 16);
+    _mm512_storeu_ps(row + d, _mm512_permutex2var_ps(even, low, odd));
+    _mm512_storeu_ps(row + d + 16, _mm512_permutex2var_ps(even, high, odd));
   }
 }
 
@@ -132,7 +150,7 @@ PL_INLINE void pad(const Pair*, int64_t dim, Pair* kt) {  // what tiles multiply
 
 // The groups of a block that hold the keys `seen`, at byte offsets `offset`; `zero`: a row of zeros. Keys outside `seen` hold anything.
 template <Dtype D, class T>
-void load_block(const Entries& e, const int64_t* offset, uint64_t seen, int64_t dim, int64_t wide, const void* zero, T* kt, T* v, const Ahead* ahead) {
+void load_keys(const Entries& e, const int64_t* offset, uint64_t seen, int64_t dim, const void* zero, T* kt, const Ahead* ahead) {
   const Groups g = groups_of<T>(seen);
   for (int t = g.begin; t < g.end; ++t) {
     const void* key[16];
@@ -140,6 +158,11 @@ void load_block(const Entries& e, const int64_t* offset, uint64_t seen, int64_t 
     for (int i = 0; i < 16; ++i) key[i] = seen >> (16 * t + i) & 1 && offset[16 * t + i] >= 0 ? e.k + offset[16 * t + i] : zero;
     transpose_keys<D>(key, dim, kt + 16 * t);
   }
+}
+
+template <Dtype D, class T>
+void load_all_values(const Entries& e, const int64_t* offset, uint64_t seen, int64_t dim, int64_t wide, const void* zero, T* v, const Ahead* ahead) {
+  const Groups g = groups_of<T>(seen);
   for (int i = 16 * g.begin; i < 16 * g.end; i += Items<T>::n) {
     const void* row[Items<T>::n];
     for (int l = 0; l < Items<T>::n; ++l) {
