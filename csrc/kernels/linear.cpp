@@ -5,7 +5,7 @@
 // weight the crossing to arithmetic lies at M = peak * B / (2 * bandwidth), about 200 rows for bf16 and int8 on two AMX cores.
 //
 // Batch-invariant: an output adds up its products in the order of k, on the same instruction whatever M is. On AMX machines what is
-// multiplied as bfloat16 (bf16, int8 in groups) always runs on tiles, since TDPBF16PS adds pairs in another order
+// multiplied as bfloat16 (bf16, int8 in groups but for heads) always runs on tiles, since TDPBF16PS adds pairs in another order
 // than VDPBF16PS. Integer sums are exact, so int4 and int8 by row may switch between tiles and vectors; their float part is `fold` on
 // both. int4 has whole factors instead of float scales for its groups of 32, so that all of K is one integer sum.
 #include "linear_amx.h"
@@ -31,7 +31,7 @@ void linear(const Ctx& c, const LinearArgs& a) {
   j.apart = a.gate ? j.n_lead : 1, j.step = j.apart * j.block;
   const bool codes = !is_float(a.w.format);
 #if PL_AMX
-  if (a.w.format == Format::bf16 || as_floats(a.w) || (codes && a.w.format != Format::int4g && j.n_rows > kVnniRows)) {
+  if (a.w.format == Format::bf16 || as_floats(a.w) || (codes && scaled_group(a.w) == 0 && j.n_rows > kVnniRows)) {
     j.streams = streams(j);
     j.a = prepare_tiles(c, a, j.k, j.n_groups, min_of<int64_t>(16, j.n_rows), true);
     return run_amx(c, j);

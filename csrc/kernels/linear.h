@@ -13,6 +13,7 @@ constexpr int64_t kWakeBytes = 16 << 10;    // weight bytes worth waking a threa
 constexpr int64_t kStrip = 4;               // lane blocks whose weights all rows pass over before the next
 constexpr int64_t kPrefetch = 2048;         // bytes ahead in each block's weight stream
 constexpr int64_t kVnniRows = 4;            // int4 and int8 by row on AMX machines: up to this many rows the vector kernels are faster
+constexpr int64_t kHeadOutputs = 1 << 15;   // AMX: a matrix of so many outputs is a head
 constexpr int64_t kFewRows = 32;            // AMX: two row blocks, whose sums stay in tiles
 constexpr int64_t kPanelRows = 256;         // AMX: rows a task takes through its strip
 constexpr int64_t kPanelUnpacked = 512;     // AMX: the same where weights are unpacked for each panel
@@ -20,7 +21,7 @@ constexpr int64_t kMaxStrip = 16;           // AMX: lane blocks of a strip
 constexpr int64_t kChunkMany = 16;          // AMX: at most so many k tiles in a chunk where rows are many: 2 lane blocks of them in L1
 constexpr int64_t kPanelBytes = 768 << 10;   // AMX: activations of a panel that stay in L2 beside the rest
 constexpr int64_t kStreamBytes = 2 << 20;   // AMX: outputs from this size on are written past the caches
-constexpr int64_t kChunkFew = 4;            // AMX: k tiles of 4 lane blocks unpacked at once where rows are few, in L1
+constexpr int64_t kChunkFew = 2;            // AMX: k tiles of 4 lane blocks unpacked at once where rows are few, in L1
 constexpr int64_t kTasksPerThread = 4;      // AMX: for balance
 
 constexpr bool is_float(Format f) { return f == Format::f32 || f == Format::f16 || f == Format::bf16; }
@@ -48,8 +49,9 @@ PL_INLINE int64_t block_bytes(const Weight& w) {
 // k's that share a scale of the activations: those of a group of weights, or all (0) where the integer sums run over all of K.
 PL_INLINE int64_t scaled_group(const Weight& w) { return w.format == Format::int4 ? 0 : w.group; }
 
-// On tiles int8 with a float scale per group of k's multiplies as bfloat16; else activations of codes become codes too.
-PL_INLINE bool as_floats(const Weight& w) { return w.format == Format::int8 && w.group != 0; }
+// On tiles int8 with a float scale per group of k's multiplies as bfloat16; else activations of codes become codes too. A head stays on
+// vectors: it sees few rows, which unpacking would slow down.
+PL_INLINE bool as_floats(const Weight& w) { return w.format == Format::int8 && w.group != 0 && w.n_out < kHeadOutputs; }
 PL_INLINE bool on_codes(const Weight& w, bool for_tiles) { return !is_float(w.format) && !(for_tiles && as_floats(w)); }
 
 // Activations in the order the kernels read them.
