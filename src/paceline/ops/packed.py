@@ -20,8 +20,9 @@ in [-15, 15] per group of 32.
 A linear with quantised weights quantises its activations too: per row and group of k's (per row when group is 0, and for int4) symmetric
 int8, scale = max|x| / 127 (1 where the maximum is 0), q = round-half-even(x * (1 / scale)); products are summed exactly in int32 per group,
 then scaled and summed in float32 in the order of the groups. f16 weights multiply float32 activations; bf16 weights multiply
-activations rounded to bfloat16 (nearest even); both sum in float32. On AMX int8 in groups, heads excepted, multiplies as bfloat16 too, its weights rounded from their
-exact values (ties away from zero): an integer sum per group would have to leave the tiles after each.
+activations rounded to bfloat16 (nearest even); both sum in float32. On AMX int8 in groups, heads excepted, multiplies as
+bfloat16 too, its weights rounded from their exact values (ties away from zero): an integer sum per group would have to leave
+the tiles after each.
 """
 
 from __future__ import annotations
