@@ -314,7 +314,7 @@ template <int kBlocks> void panel_rows(const Job& j, const Plan& p, const Task& 
     o.a = j.a.row(row) + g.t0 * kTile;
     const Fetch fetch_b = {g.next_b + pair * g.n * lines * 64, j.step, p.unpacks ? 0 : kBlocks, lines};
     const Fetch fetch_a = {g.next_a + 2 * pair * o.a_block, o.a_block, 2, g.share};
-    const float* add = j.add.p + row * j.add.stride + g.at * 16;
+    const float* add = adds ? j.add.row(row) + g.at * 16 : nullptr;
     const Micro m = {row, g.at, g.t0, g.n, o, sums, {fetch_b, fetch_a, add, j.add.stride, adds ? ceil_div(32, g.n) : 0}};
     if (task.row1 - row > 16) micro<2, kBlocks>(j, p, m);
     else micro<1, kBlocks>(j, p, m);
