@@ -13,10 +13,12 @@ namespace {
 
 constexpr int64_t kTileRows = 16;
 
-struct Tiles {  // tiles configured as long as this lives
-  Tiles() {
+// Tiles configured as long as this lives: those of `tile_values` with the rows of a unit's pairs, if they are few.
+struct Tiles {
+  explicit Tiles(int64_t pairs) {
     TileConfig t;
     for (int i = 0; i < 8; ++i) t.bytes[i] = 64, t.rows[i] = kTileRows;
+    if (pairs < kTileRows) t.rows[2] = t.rows[3] = t.rows[5] = static_cast<uint8_t>(pairs);
     publish(&t);
     _tile_loadconfig(&t);
   }
@@ -81,22 +83,48 @@ inline void tile_product(const TileOperands& o, int64_t m, int64_t nv, int64_t n
 // Keys as rows of A, just as they lie in the pool: with few pairs it would take longer to transpose keys than to multiply them.
 // Scores (16 keys, 16 pairs) of each group [begin, end) of keys go to `scores`, as (64, 16); qt: (steps * 16, 16), queries as columns.
 struct KeyRows { const char* p; int64_t stride; };  // sixteen keys
-inline void tile_scores(const KeyRows* keys, int begin, int end, const Pair* qt, int64_t steps, float* scores) {
+inline void tile_scores(const KeyRows* keys, int begin, int end, const Pair* qt, int64_t steps, float* scores, Ahead& ahead) {
   publish(qt);
+  const int64_t share = (Ahead::kLoaded / 4 + steps - 1) / steps;
   for (int t = begin; t < end; t += 2) {  // whole pairs of groups, as `groups_of` gives them
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t k = 0; k < steps; ++k) {
+      ahead.more(share);
       _tile_loadd(6, qt + k * 256, 64);
       _tile_loadd(4, keys[t].p + k * 64, keys[t].stride);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, keys[t + 1].p + k * 64, keys[t + 1].stride);
-      _tile_dpbf16ps(1, 5, 6);
+      _tile_loadd(7, keys[t + 1].p + k * 64, keys[t + 1].stride);
+      _tile_dpbf16ps(1, 7, 6);
     }
     _tile_stored(0, scores + t * 256, 64);
     _tile_stored(1, scores + (t + 1) * 256, 64);
   }
   publish(scores);
+}
+
+// acc (pairs, 16 nv) += w (pairs, 16 steps) v (16 steps, 16 nv), for as many pairs as the tiles are configured for.
+inline void tile_values(const Pair* w, int64_t ldw, const Pair* v, int64_t ldv, int64_t steps, float* acc, int64_t nv, Ahead& ahead) {
+  publish(w), publish(v), publish(acc);
+  const int64_t share = Ahead::share((nv + 1) / 2 * steps);
+  for (int64_t n = 0; n < nv; n += 2) {
+    const bool two = n + 1 < nv;
+    float* c = acc + 16 * n;
+    _tile_loadd(2, c, 64 * nv);
+    if (two) _tile_loadd(3, c + 16, 64 * nv);
+    for (int64_t k = 0; k < steps; ++k) {
+      ahead.more(share);
+      _tile_loadd(5, w + 16 * k, 4 * ldw);
+      _tile_loadd(6, v + 16 * k * ldv + 16 * n, 4 * ldv);
+      _tile_dpbf16ps(2, 5, 6);
+      if (!two) continue;
+      _tile_loadd(7, v + 16 * k * ldv + 16 * n + 16, 4 * ldv);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(2, c, 64 * nv);
+    if (two) _tile_stored(3, c + 16, 64 * nv);
+  }
+  publish(acc);
 }
 
 }  // namespace

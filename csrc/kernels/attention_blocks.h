@@ -150,24 +150,24 @@ PL_INLINE void pad(const Pair*, int64_t dim, Pair* kt) {  // what tiles multiply
 
 // The groups of a block that hold the keys `seen`, at byte offsets `offset`; `zero`: a row of zeros. Keys outside `seen` hold anything.
 template <Dtype D, class T>
-void load_keys(const Entries& e, const int64_t* offset, uint64_t seen, int64_t dim, const void* zero, T* kt, const Ahead* ahead) {
+void load_keys(const Entries& e, const int64_t* offset, uint64_t seen, int64_t dim, const void* zero, T* kt, Ahead& ahead) {
   const Groups g = groups_of<T>(seen);
   for (int t = g.begin; t < g.end; ++t) {
     const void* key[16];
-    for (int i = 0; i < 16 && ahead; ++i) ahead[0].touch(16 * t + i);
+    ahead.until(Ahead::kLoaded * t / 4);
     for (int i = 0; i < 16; ++i) key[i] = seen >> (16 * t + i) & 1 && offset[16 * t + i] >= 0 ? e.k + offset[16 * t + i] : zero;
     transpose_keys<D>(key, dim, kt + 16 * t);
   }
 }
 
 template <Dtype D, class T>
-void load_all_values(const Entries& e, const int64_t* offset, uint64_t seen, int64_t dim, int64_t wide, const void* zero, T* v, const Ahead* ahead) {
-  const Groups g = groups_of<T>(seen);
+void load_all_values(const Entries& e, const int64_t* offset, uint64_t seen, const Groups& g, int64_t dim, int64_t wide, const void* zero, T* v,
+                     Ahead& ahead) {
   for (int i = 16 * g.begin; i < 16 * g.end; i += Items<T>::n) {
     const void* row[Items<T>::n];
+    ahead.until(Ahead::kLoaded * i / kBlock);
     for (int l = 0; l < Items<T>::n; ++l) {
       row[l] = seen >> (i + l) & 1 && offset[i + l] >= 0 ? e.v + offset[i + l] : zero;
-      if (ahead) ahead[1].touch(i + l);
     }
     load_values<D>(row, dim, v + i / Items<T>::n * wide);
   }

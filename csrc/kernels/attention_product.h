@@ -29,14 +29,14 @@ template <> PL_INLINE V multiply_add<Pair>(V a, V b, V c) {
 #endif
 
 template <class T, int MR, int NV>
-void panel(const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t n, bool add, const Ahead* ahead) {
+void panel(const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t n, bool add, Ahead& ahead) {
   V s[MR][NV];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) s[i][j] = add ? vload(c + i * ldc + 16 * j) : vzero();
   for (int64_t k = 0; k < n; ++k) {
-    for (int64_t t = 0; ahead && t < Items<T>::n; ++t) ahead->touch(Items<T>::n * k + t);
+    if (k % 2) ahead.more(1);
     V x[NV];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) x[j] = lanes_of(b + k * ldb + 16 * j);
@@ -57,7 +57,7 @@ void panel(const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t l
 constexpr int kRows = PL_AVX512 ? 6 : 4, kCols = PL_AVX512 ? 4 : 1;
 
 template <class T, int NV>
-void rows_of_panels(const T* a, int64_t lda, int64_t m, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t n, bool add, const Ahead* ahead) {
+void rows_of_panels(const T* a, int64_t lda, int64_t m, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t n, bool add, Ahead& ahead) {
   if (m == kRows) return panel<T, kRows, NV>(a, lda, b, ldb, c, ldc, n, add, ahead);
   switch (m) {
     case 5: return panel<T, 5, NV>(a, lda, b, ldb, c, ldc, n, add, ahead);
@@ -71,9 +71,9 @@ void rows_of_panels(const T* a, int64_t lda, int64_t m, const T* b, int64_t ldb,
 // m <= kRows
 template <class T>
 void vector_product(const T* a, int64_t lda, int64_t m, const T* b, int64_t ldb, int64_t nv, float* c, int64_t ldc, int64_t n, bool add,
-                    const Ahead* ahead) {
-  for (; nv >= kCols; nv -= kCols, b += 16 * kCols, c += 16 * kCols, ahead = nullptr) rows_of_panels<T, kCols>(a, lda, m, b, ldb, c, ldc, n, add, ahead);
-  for (; nv > 0; --nv, b += 16, c += 16, ahead = nullptr) rows_of_panels<T, 1>(a, lda, m, b, ldb, c, ldc, n, add, ahead);
+                    Ahead& ahead) {
+  for (; nv >= kCols; nv -= kCols, b += 16 * kCols, c += 16 * kCols) rows_of_panels<T, kCols>(a, lda, m, b, ldb, c, ldc, n, add, ahead);
+  for (; nv > 0; --nv, b += 16, c += 16) rows_of_panels<T, 1>(a, lda, m, b, ldb, c, ldc, n, add, ahead);
 }
 
 }  // namespace

@@ -85,22 +85,24 @@ template <class T, int N> PL_INLINE void raise(float* s, uint64_t bits, float ca
 // Scores of m pairs (m, 64), from pair p of the state on, at N groups -> weights w, `stride` items from one pair to the next. bits[i]:
 // the keys that pair i sees; where there are none its weights are 0. All maxima first: the pairs' chains of operations overlap.
 template <class T, int N>
-void weigh_groups(float* s, int64_t p, int64_t m, const uint64_t* bits, float cap, int64_t wide, T* w, int64_t stride, const State& state) {
+void weigh_groups(float* s, int64_t p, int64_t m, const uint64_t* bits, float cap, int64_t wide, T* w, int64_t stride, const State& state, Ahead& ahead) {
   for (int64_t i = 0; i < m; ++i)
     if (bits[i]) raise<T, N>(s + i * kBlock, bits[i], cap, wide, state.acc + (p + i) * wide, state.sum + (p + i) * 16, state.max + p + i);
+  const int64_t share = Ahead::share(m);
   for (int64_t i = 0; i < m; ++i) {
+    ahead.more(share);
     if (bits[i]) exponentiate<N>(s + i * kBlock, bits[i], state.max[p + i], w + i * stride, state.sum + (p + i) * 16);
     else memset(w + i * stride, 0, static_cast<size_t>(16 * N / Items<T>::n) * sizeof(T));
   }
 }
 
 template <class T>
-PL_INLINE void weigh(float* s, int64_t p, int64_t m, const uint64_t* bits, int n_groups, float cap, int64_t wide, T* w, int64_t stride, const State& state) {
+PL_INLINE void weigh(float* s, int64_t p, int64_t m, const uint64_t* bits, int n_groups, float cap, int64_t wide, T* w, int64_t stride, const State& state, Ahead& ahead) {
   switch (n_groups) {
-    case 4: return weigh_groups<T, 4>(s, p, m, bits, cap, wide, w, stride, state);
-    case 3: return weigh_groups<T, 3>(s, p, m, bits, cap, wide, w, stride, state);
-    case 2: return weigh_groups<T, 2>(s, p, m, bits, cap, wide, w, stride, state);
-    default: return weigh_groups<T, 1>(s, p, m, bits, cap, wide, w, stride, state);
+    case 4: return weigh_groups<T, 4>(s, p, m, bits, cap, wide, w, stride, state, ahead);
+    case 3: return weigh_groups<T, 3>(s, p, m, bits, cap, wide, w, stride, state, ahead);
+    case 2: return weigh_groups<T, 2>(s, p, m, bits, cap, wide, w, stride, state, ahead);
+    default: return weigh_groups<T, 1>(s, p, m, bits, cap, wide, w, stride, state, ahead);
   }
 }
 

@@ -11,7 +11,8 @@ constexpr int64_t kBlock = 64, kChunk = 1024;
 PL_INLINE size_t width(Dtype t) { return t == Dtype::f32 ? 4 : 2; }
 
 struct Unit {
-  int32_t group, at, seq, head;    // head: of the group
+  int32_t group, at, seq;
+  int32_t head, n_heads;           // KV heads of the group: one, or several of few pairs each
   int64_t row, n_rows;             // rows of the step
   int64_t chunk, n_chunks;         // the range of chunks to be walked
   int64_t part;                    // -1, or where in `parts` the state of the first of them goes
@@ -50,7 +51,7 @@ struct Sight {
   }
 };
 
-// Where the entries of a unit's KV head lie.
+// Where the entries of a KV head lie.
 struct Entries {
   const int32_t* table;
   int64_t n, page_size, stride, row_bytes, head_bytes;  // n: entries the table covers; stride: bytes per page
@@ -66,7 +67,7 @@ struct Entries {
     v = static_cast<const char*>(g.v[u.at]) + u.head * head_bytes;
   }
 
-  // Byte offsets of indices [i, i + kBlock); -1 where there is no page.
+  // Byte offsets, in every head, of indices [i, i + kBlock); -1 where there is no page.
   void offsets(int64_t i, int64_t* out) const {
     for (int64_t j = 0; j < kBlock;) {
       const int64_t page = (i + j) / page_size, at = (i + j) % page_size, m = min_of(kBlock - j, page_size - at);
@@ -90,30 +91,36 @@ struct Entries {
       out[j] = id < 0 ? -1 : id * stride + index % page_size * row_bytes;
     }
   }
-
-  // Rows of the offsets, for `Ahead`; where there is no page any address will do.
-  void rows(const int64_t* offset, const char** out) const {
-    for (int64_t j = 0; j < kBlock; ++j) {
-      const int64_t o = max_of<int64_t>(0, offset[j]);
-      out[j] = k + o, out[kBlock + j] = v + o;
-    }
-  }
 };
 
-// The block after this one, fetched evenly while this one is worked on: a burst would fill the line buffers and stall. A block has
-// four phases (keys, values, scores, sums); each touches every second line of the next block's key or value rows. With tiles the last two
-// are too short: the first two touch every line.
+// The values of a block, all heads, fetched while its keys are worked on; with its values the next block's keys. Evenly: a burst would fill
+// the line buffers and stall, and while nothing is asked for the memory stands idle. A quarter of the rows each in four streams: the
+// processor's own prefetcher runs ahead of every stream, but only to the end of its 4 KiB, so several at once hide more.
 struct Ahead {
-  const char* const* row;      // of kBlock indices
-  int64_t first, step, bytes;  // where to begin in a row, from line to line, and its length
+  static constexpr int64_t kLoaded = 40, kStreams = 4;  // how far it is once a head's keys or values are in the products' order
+  const char* p;
+  const int64_t* offset;       // null: nothing to fetch
+  int64_t n_rows, head_bytes, bytes;  // kBlock rows a head; bytes of a row
+  int64_t at, begun;  // the next row in the order of fetching; where the head that is worked on began
 
-  PL_INLINE void touch(int64_t j) const {
-    if (j >= kBlock) return;
-    for (int64_t b = first; b < bytes; b += step) __builtin_prefetch(row[j] + b, 0, 2);
+  Ahead(const char* p, const int64_t* offset, int64_t n_heads, int64_t head_bytes, int64_t bytes)
+      : p(p), offset(offset), n_rows(offset ? n_heads * kBlock : 0), head_bytes(head_bytes), bytes(bytes), at(0), begun(0) {}
+
+  PL_INLINE void next_head() { until(kBlock), begun += kBlock; }
+  PL_INLINE void until(int64_t end) {  // how far the work on a head's keys or values has come, of kBlock
+    end = min_of(begun + min_of(end, kBlock), n_rows);
+    if (at + kStreams <= end) fetch(end);
   }
-  void rest(int64_t j) const {
-    for (; j < kBlock; ++j) touch(j);
+  __attribute__((noinline)) void fetch(int64_t end) {
+    for (; at + kStreams <= end; at += kStreams) {
+      for (int64_t row = at / kStreams; row < n_rows; row += n_rows / kStreams) {
+        const char* q = p + row / kBlock * head_bytes + max_of<int64_t>(0, offset[row % kBlock]);  // without a page any address will do
+        for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(q + b, 0, 2);
+      }
+    }
   }
+  static int64_t share(int64_t steps) { return (kBlock - kLoaded + steps - 1) / steps; }  // in loops that know their length
+  PL_INLINE void more(int64_t n) { until(at - begun + n); }
 };
 
 }  // namespace
