@@ -21,7 +21,6 @@ constexpr int64_t kMaxStrip = 16;           // AMX: lane blocks of a strip
 constexpr int64_t kChunkMany = 16;          // AMX: at most so many k tiles in a chunk where rows are many: 2 lane blocks of them in L1
 constexpr int64_t kPanelBytes = 768 << 10;   // AMX: activations of a panel that stay in L2 beside the rest
 constexpr int64_t kStreamBytes = 2 << 20;   // AMX: outputs from this size on are written past the caches
-constexpr int64_t kChunkFew = 2;            // AMX: k tiles of 4 lane blocks unpacked at once where rows are few, in L1
 constexpr int64_t kTasksPerThread = 4;      // AMX: for balance
 
 constexpr bool is_float(Format f) { return f == Format::f32 || f == Format::f16 || f == Format::bf16; }
@@ -85,6 +84,11 @@ struct Job {
   int64_t apart, step, n_lead;
   PL_INLINE const uint8_t* weights(int64_t b) const { return static_cast<const uint8_t*>(w.data) + b * block; }
 };
+
+// What a block's stream will need next, from `offset` on: near its end that is the beginning of the block that takes its place.
+template <int NB> PL_INLINE int64_t ahead_of(const Job& j, int64_t offset) {
+  return offset + kPrefetch < j.block || j.gate ? kPrefetch : kPrefetch + (NB - 1) * j.block;
+}
 
 // ---- sixteen int32 lanes ----
 

@@ -38,10 +38,13 @@ struct Plan {
 // Where tiles come from: rows of A at `a`, lane blocks of B at `b`; steps from one row block, lane block and k tile to the next.
 struct Operands { const uint8_t* a; int64_t a_block, a_step; const uint8_t* b; int64_t b_block; };
 
-// What is fetched while a product runs: at each step `lines` more cache lines of `n_blocks` streams.
+// What is fetched while a product runs: at each step `lines` more cache lines of `n_blocks` streams, into L2; or stream by stream into L1.
 struct Fetch {
   const uint8_t* p;
   int64_t block, n_blocks, lines;
+  PL_INLINE void block_step(int64_t b, int64_t t) const {
+    for (int64_t i = 0; b < n_blocks && i < lines; ++i) __builtin_prefetch(p + b * block + (t * lines + i) * 64, 0, 3);
+  }
   PL_INLINE void step(int64_t t) const {
     for (int64_t b = 0; b < n_blocks; ++b)
       for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(p + b * block + (t * lines + i) * 64, 0, 2);
@@ -75,7 +78,7 @@ struct Ahead {
 template <Kind kKind, int kRows, int kBlocks, bool kPast> PL_INLINE void accumulate(const Operands& o, int64_t n, const Ahead& ahead) {
   for (int64_t t = 0; t < n; ++t) {
     const uint8_t *a = o.a + t * o.a_step, *b = o.b + t * kTile;
-    ahead.b.step(t);
+    if constexpr (kRows == 2) ahead.b.step(t);
     if constexpr (kPast) ahead.a.step(t), ahead.rows(t);
     if constexpr (kRows == 2) {
       _tile_loadd(6, b, 64);
@@ -89,9 +92,10 @@ template <Kind kKind, int kRows, int kBlocks, bool kPast> PL_INLINE void accumul
       PL_LOAD_A(4, a);
       _tile_loadd(6, b, 64);
       PL_TDP(0, 4, 6);
-      if constexpr (kBlocks > 1) { _tile_loadd(7, b + o.b_block, 64); PL_TDP(1, 4, 7); }
-      if constexpr (kBlocks > 2) { _tile_loadd(6, b + 2 * o.b_block, 64); PL_TDP(2, 4, 6); }
-      if constexpr (kBlocks > 3) { _tile_loadd(7, b + 3 * o.b_block, 64); PL_TDP(3, 4, 7); }
+      ahead.b.block_step(0, t);
+      if constexpr (kBlocks > 1) { _tile_loadd(7, b + o.b_block, 64); PL_TDP(1, 4, 7); ahead.b.block_step(1, t); }
+      if constexpr (kBlocks > 2) { _tile_loadd(6, b + 2 * o.b_block, 64); PL_TDP(2, 4, 6); ahead.b.block_step(2, t); }
+      if constexpr (kBlocks > 3) { _tile_loadd(7, b + 3 * o.b_block, 64); PL_TDP(3, 4, 7); ahead.b.block_step(3, t); }
     }
   }
 }
@@ -152,42 +156,47 @@ PL_INLINE void unpack_scaled(const uint8_t* from, V scale, uint8_t* to) {
   }
 }
 
-// A factor in both halves of a lane, for even and odd bytes, and what codes less 8 lose.
-struct Factors { __m512i even, odd, less; };
+// Factors of one group as words: their sizes, all bits where they are negative, and what is added to every byte for the 8 that codes are
+// less.
+struct Factors { __m512i size, negative, add; };
 PL_INLINE Factors spread_factors(const int8_t* p) {
-  const __m512i f = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m512i even = _mm512_or_si512(_mm512_slli_epi32(f, 16), _mm512_maskz_mov_epi16(0x55555555, f)), odd = _mm512_slli_epi16(even, 8);
-  const __m512i low = _mm512_and_si512(even, _mm512_set1_epi16(0xff));
-  return {even, odd, _mm512_slli_epi16(_mm512_or_si512(low, odd), 3)};
+  const __m512i f = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), size = _mm512_abs_epi32(f);
+  const __m512i words = _mm512_or_si512(size, _mm512_slli_epi32(size, 16)), negative = _mm512_srai_epi32(f, 31);
+  const __m512i eight = _mm512_slli_epi16(_mm512_or_si512(words, _mm512_slli_epi16(words, 8)), 3);  // at most 120: none spills
+  // -8 size, or where negative 8 size + 1 = ~(-8 size) + 2
+  const __m512i less = _mm512_sub_epi8(_mm512_setzero_si512(), eight);
+  const __m512i add = _mm512_sub_epi8(_mm512_xor_si512(less, negative), _mm512_add_epi8(negative, negative));
+  return {words, negative, add};
 }
 
-// Bytes of codes times their factor, modulo 256 (what comes of it lies in -120..120): nibbles `at` bit 0 of the even and odd bytes.
-template <int kAt> PL_INLINE __m512i times_bytes(__m512i v, const Factors& f) {
-  const __m512i mask = _mm512_set1_epi16(15);
-  const __m512i e = _mm512_and_si512(kAt ? _mm512_srli_epi16(v, 4) : v, mask);
-  const __m512i o = kAt ? _mm512_srli_epi16(v, 12) : _mm512_and_si512(_mm512_srli_epi16(v, 8), mask);
-  const __m512i low = _mm512_mullo_epi16(e, f.even), high = _mm512_mullo_epi16(o, f.odd);
-  return _mm512_ternarylogic_epi32(low, _mm512_set1_epi16(0xff), high, 0xea);  // (low & 0xff) | high
+// (code - 8) * factor of two codes a word, 0..15 in each byte: a product of at most 15 * 15 does not reach the byte above. With a
+// negative factor -x is ~x + 1.
+PL_INLINE __m512i times_factors(__m512i codes, const Factors& f) {
+  return _mm512_add_epi8(_mm512_xor_si512(_mm512_mullo_epi16(codes, f.size), f.negative), f.add);
 }
 
 // 64 k's of the factored format: two groups.
 PL_INLINE void unpack_factored(const uint8_t* from, const int8_t* factors, uint8_t* to) {
   const Factors f0 = spread_factors(factors), f1 = spread_factors(factors + 16);
-  // 8 f as bytes: `less` shifts words, so what spills from the even bytes into the odd ones is cleared
-  const __m512i keep = _mm512_set1_epi8(-8), l0 = _mm512_and_si512(f0.less, keep), l1 = _mm512_and_si512(f1.less, keep);
+  const __m512i nibbles = _mm512_set1_epi8(15);
+#pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     const __m512i v = _mm512_loadu_si512(from + i * 64);
-    _mm512_store_si512(to + i * 64, _mm512_sub_epi8(times_bytes<0>(v, f0), l0));
-    _mm512_store_si512(to + 512 + i * 64, _mm512_sub_epi8(times_bytes<1>(v, f1), l1));
+    _mm512_store_si512(to + i * 64, times_factors(_mm512_and_si512(v, nibbles), f0));
+    _mm512_store_si512(to + 512 + i * 64, times_factors(_mm512_and_si512(_mm512_srli_epi16(v, 4), nibbles), f1));
   }
 }
 
-// Tile t of lane block b.
-PL_INLINE void unpack_tile(const Job& j, int64_t b, int64_t t, uint8_t* to) {
+// Tile t of lane block b. `ahead`: bytes to what is fetched meanwhile.
+PL_INLINE void unpack_tile(const Job& j, int64_t b, int64_t t, uint8_t* to, int64_t ahead) {
   const uint8_t* from = j.weights(b) + t * 512;
-  for (int i = 0; i < 8; ++i) __builtin_prefetch(from + kPrefetch + i * 64, 0, 3);
-  if (j.w.format == Format::int4) unpack_factored(from, j.w.factors + (b * j.n_groups + 2 * t) * 16, to);
-  else unpack_scaled(from, scales_of(j.w, j.n_groups, b, t * 32 / j.w.group).scale, to);
+  for (int i = 0; i < 8; ++i) __builtin_prefetch(from + ahead + i * 64, 0, 3);
+  if (j.w.format == Format::int4) {
+    const int8_t* factors = j.w.factors + (b * j.n_groups + 2 * t) * 16;  // a byte for 16 of codes
+    __builtin_prefetch(factors + ahead / 16, 0, 3);
+    return unpack_factored(from, factors, to);
+  }
+  unpack_scaled(from, scales_of(j.w, j.n_groups, b, t * 32 / j.w.group).scale, to);
 }
 
 // ---- C of kRows row blocks from `row` and kBlocks lane blocks from `block`, over k tiles [t0, t0 + n) ----
@@ -236,33 +245,58 @@ template <int kRows, int kBlocks> PL_INLINE void micro(const Job& j, const Plan&
 
 // ---- few rows ----
 
-// K tiles [t0, t0 + n) of lane blocks from `at`, unpacked where they must be.
-template <int kBlocks> PL_INLINE Operands few_operands(const Job& j, const Plan& p, int64_t at, int64_t t0, int64_t n, uint8_t* scratch) {
-  const int64_t a_step = j.a.mr * 64;
-  Operands o = {j.a.row(0) + t0 * a_step, j.a.wide * 16 * 64, a_step, j.weights(at) + t0 * kTile, j.step};
-  if (!p.unpacks) return o;
-  for (int64_t t = 0; t < n; ++t)
-    for (int b = 0; b < kBlocks; ++b) unpack_tile(j, at + b * j.apart, t0 + t, scratch + p.unpacked_at + (b * p.chunk + t) * kTile);
-  o.b = scratch + p.unpacked_at, o.b_block = p.chunk * kTile;
-  publish(o.b);
-  return o;
+// Lane blocks [at, at + kBlocks) over all of K, from the weights as they lie in memory. Sums stay in tiles.
+template <Kind kKind, int kRows, int kBlocks> PL_INLINE void few_packed(const Job& j, const Plan& p, int64_t at) {
+  const uint8_t* b = j.weights(at);
+  const Operands o = {j.a.row(0), j.a.wide * 16 * 64, j.a.mr * 64, b, j.step};
+  const Fetch fetch = kRows == 1 ? Fetch{b + kTile, j.step, kBlocks, 16} : Fetch{b + 2 * kPrefetch, j.step, kBlocks, 16};
+  accumulate<kKind, kRows, kBlocks, false>(o, p.n_tiles, {fetch, {}, nullptr, 0, 0});
 }
 
-// Lane blocks [at, at + kBlocks) over all of K, by chunks that fit L1 once unpacked. Plain sums stay in tiles meanwhile.
-template <Kind kKind, int kRows, int kBlocks> void few_plain(const Job& j, const Plan& p, int64_t at, uint8_t* scratch) {
-  zero_tiles<kRows, kBlocks>();
-  for (int64_t t0 = 0; t0 < p.n_tiles; t0 += p.chunk) {
-    const int64_t n = min_of(p.chunk, p.n_tiles - t0);
-    const Operands o = few_operands<kBlocks>(j, p, at, t0, n, scratch);
-    accumulate<kKind, kRows, kBlocks, false>(o, n, {{o.b + 2 * kPrefetch, j.step, p.unpacks ? 0 : kBlocks, 16}, {}, nullptr, 0, 0});
+// The same for weights that must be unpacked: each product overlaps with the unpacking of the next k tile, on other ports.
+template <Kind kKind, int kRows, int kBlocks> PL_INLINE void few_unpacked(const Job& j, const Plan& p, int64_t at, uint8_t* scratch) {
+  const auto unpack = [&](int b, int64_t t) { unpack_tile(j, at + b * j.apart, t, scratch + (t % 2 * kBlocks + b) * kTile, ahead_of<kBlocks>(j, t * 512)); };
+  for (int b = 0; b < kBlocks; ++b) unpack(b, 0);
+  for (int64_t t = 0; t < p.n_tiles; ++t) {
+    const bool more = t + 1 < p.n_tiles;
+    const uint8_t *a = j.a.row(0) + t * j.a.mr * 64, *tiles = scratch + t % 2 * kBlocks * kTile;
+    publish(tiles);
+    _tile_loadd(4, a, 64);
+    if constexpr (kRows == 2) _tile_loadd(5, a + j.a.wide * 16 * 64, 64);
+    _tile_loadd(6, tiles, 64);
+    PL_TDP(0, 4, 6);
+    if constexpr (kRows == 2) PL_TDP(kBlocks, 5, 6);
+    if (more) unpack(0, t + 1);
+    if constexpr (kBlocks > 1) {
+      _tile_loadd(7, tiles + kTile, 64);
+      PL_TDP(1, 4, 7);
+      if constexpr (kRows == 2) PL_TDP(3, 5, 7);
+      if (more) unpack(1, t + 1);
+    }
+    if constexpr (kBlocks > 2) {
+      _tile_loadd(6, tiles + 2 * kTile, 64);
+      PL_TDP(2, 4, 6);
+      if (more) unpack(2, t + 1);
+    }
+    if constexpr (kBlocks > 3) {
+      _tile_loadd(7, tiles + 3 * kTile, 64);
+      PL_TDP(3, 4, 7);
+      if (more) unpack(3, t + 1);
+    }
   }
+}
+
+template <Kind kKind, int kRows, int kBlocks> void few_blocks(const Job& j, const Plan& p, int64_t at, uint8_t* scratch) {
+  zero_tiles<kRows, kBlocks>();
+  if (p.unpacks) few_unpacked<kKind, kRows, kBlocks>(j, p, at, scratch + p.unpacked_at);
+  else few_packed<kKind, kRows, kBlocks>(j, p, at);
   store_tiles<kRows, kBlocks>(scratch);
   finish<kKind, kRows, kBlocks>(j, p, {0, at, 0, p.n_tiles, {}, scratch, {}}, scratch);
 }
 
 template <int kRows, int kBlocks> void few_blocks(const Job& j, const Plan& p, int64_t at, uint8_t* scratch) {
-  if (p.kind == Kind::bf16) few_plain<Kind::bf16, kRows, kBlocks>(j, p, at, scratch);
-  else few_plain<Kind::int8, kRows, kBlocks>(j, p, at, scratch);
+  if (p.kind == Kind::bf16) few_blocks<Kind::bf16, kRows, kBlocks>(j, p, at, scratch);
+  else few_blocks<Kind::int8, kRows, kBlocks>(j, p, at, scratch);
 }
 
 inline void few_rows(const Job& j, const Plan& p, int64_t first, int64_t last, uint8_t* scratch) {
@@ -303,7 +337,7 @@ template <int kBlocks> void panel_rows(const Job& j, const Plan& p, const Task& 
   if (p.unpacks) {
     o.b = scratch + p.unpacked_at, o.b_block = p.chunk * kTile;
     for (int b = 0; b < kBlocks; ++b)
-      for (int64_t t = 0; t < g.n; ++t) unpack_tile(j, g.at + b * j.apart, g.t0 + t, scratch + p.unpacked_at + (b * p.chunk + t) * kTile);
+      for (int64_t t = 0; t < g.n; ++t) unpack_tile(j, g.at + b * j.apart, g.t0 + t, scratch + p.unpacked_at + (b * p.chunk + t) * kTile, kPrefetch);
   }
   publish(o.b);
   const int64_t lines = min_of<int64_t>(4, ceil_div(16 * 32, task.row1 - task.row0));  // so that all of the next pair's chunk comes
@@ -355,7 +389,7 @@ inline Plan amx_plan(const Ctx& c, const Job& j) {
   p.unpacks = j.w.format == Format::int4 || as_floats(j.w);
   p.mr = j.a.mr, p.n_tiles = j.a.n_tiles;
   const bool few = j.n_rows <= kFewRows;
-  const int64_t limit = few ? (p.unpacks ? kChunkFew : p.n_tiles) : kChunkMany;
+  const int64_t limit = few ? p.n_tiles : kChunkMany;
   p.chunk = ceil_div(p.n_tiles, ceil_div(p.n_tiles, limit));
   p.panel = few ? j.n_rows : p.unpacks ? kPanelUnpacked : kPanelRows;
   p.n_panels = ceil_div(j.n_rows, p.panel);
@@ -366,7 +400,7 @@ inline Plan amx_plan(const Ctx& c, const Job& j) {
   p.n_strips = ceil_div(j.n_lead, p.strip);
   const int64_t n_pairs = p.chunk == p.n_tiles ? 1 : p.strip / lead, row_pairs = ceil_div(min_of(p.panel, j.n_rows), 32);
   p.unpacked_at = (few ? 1 : n_pairs * row_pairs) * 4 * kTile;
-  p.scratch_size = p.unpacked_at + (p.unpacks ? 4 * p.chunk * kTile : 0);
+  p.scratch_size = p.unpacked_at + (!p.unpacks ? 0 : few ? 8 * kTile : 4 * p.chunk * kTile);
   p.scratch = take<uint8_t>(c, p.scratch_size * pool_size(c.pool));
   return p;
 }

@@ -14,10 +14,6 @@ constexpr int kMaxRows = 2;
 constexpr int wide(int mr) { return mr == 1 ? 2 : 1; }
 #endif
 
-// What a block's stream will need next, from `offset` on: near its end that is the beginning of the block that takes its place.
-template <int NB> PL_INLINE int64_t ahead_of(const Job& j, int64_t offset) {
-  return offset + kPrefetch < j.block || j.gate ? kPrefetch : kPrefetch + (NB - 1) * j.block;
-}
 PL_INLINE void ahead(const uint8_t* p) { __builtin_prefetch(p, 0, 3); }
 
 // Two consecutive k's of 16 outputs from 64 bytes of 16-bit floats.
