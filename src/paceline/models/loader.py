@@ -54,7 +54,7 @@ class FormatChoice:
     head: Spec | None = None
     dtype: Spec | None = None
     overrides: tuple[tuple[str, Spec], ...] = ()
-    coarse_from: int | None = 1 << 13
+    coarse_from: int | None = 1 << 14
 
     @classmethod
     def parse(cls, format: str = "auto", dtype: str = "auto") -> FormatChoice:
