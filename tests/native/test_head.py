@@ -12,7 +12,8 @@ from paceline.ops import RESCORED
 from paceline.ops.packed import LANES
 from paceline.ops.reference import ReferenceOps
 
-SHAPES = [(5, 40), (1024, 33), (1030, 100), (3001, 96), (2600, 2080), (32768 + 7, 40)]  # (outputs, K): few blocks, odd ends, a large head
+# (outputs, K): few blocks, odd ends, a large head
+SHAPES = [(5, 40), (1024, 33), (1030, 100), (3001, 96), (2600, 2080), (32768 + 7, 40)]
 PAIRS = [("int4", 32, "int8", 32), ("int4g", 64, "bf16", 0), ("int4", 32, "f32", 0), ("int8", 0, "int8", 128)]
 
 
@@ -29,7 +30,7 @@ def again(coarse: np.ndarray) -> np.ndarray:
     best = blocks.reshape(n_rows, n, LANES).max(2)
     chosen = np.zeros((n_rows, n), bool)
     for r in range(n_rows):
-        chosen[r, sorted(range(n), key=lambda b: (-best[r, b], b))[:RESCORED]] = True  # noqa: B023
+        chosen[r, sorted(range(n), key=lambda b: (-best[r, b], b))[:RESCORED]] = True
     return np.repeat(chosen, LANES, axis=1)[:, :n_out]
 
 
@@ -93,7 +94,9 @@ def test_any_logits(ops, ops1, data):
     """One input, so that the weights are the logits: few distinct values, infinite ones and NaN among them."""
     n = data.draw(st.integers(1, 2200))
     rng = np.random.default_rng(data.draw(st.integers(0, 999)))
-    values = data.draw(st.lists(st.sampled_from([-1.0, -0.0, 0.0, 1.0, 2.0, np.inf, -np.inf, np.nan]), min_size=1, max_size=4))
+    values = data.draw(
+        st.lists(st.sampled_from([-1.0, -0.0, 0.0, 1.0, 2.0, np.inf, -np.inf, np.nan]), min_size=1, max_size=4)
+    )
     logits = rng.choice(np.array(values, np.float32), (n, 1))
     if data.draw(st.booleans()):
         logits += rng.standard_normal((n, 1), np.float32)

@@ -166,8 +166,9 @@ class Model:
     def logits(self, x: Array) -> Array:
         """x W^T of the output matrix; in two passes where the loader keeps a coarse copy of it."""
         name = self.config.output
-        fine = self.matrix(name)
-        return self.ops.rescored(x, self.matrix(coarse(name)), fine) if coarse(name) in self.w else self.ops.linear(x, fine)
+        if coarse(name) in self.w:
+            return self.ops.rescored(x, self.matrix(coarse(name)), self.matrix(name))
+        return self.ops.linear(x, self.matrix(name))
 
     # weights by name
     def matrix(self, name: str) -> Packed:
