@@ -48,6 +48,9 @@ Act act_named(const std::string& kind) {
   fail("kind = '" + kind + "': known are silu, gelu, gelu_tanh, relu");
 }
 
+std::string text_of(const Weight& w) { return std::to_string(w.n_out) + "x" + std::to_string(w.n_in); }
+const std::string& format_of(const nb::object& w) { return nb::cast<const BoundWeight&>(w).format; }
+
 // ---- one method per op ----
 
 void linear(BoundProgram& p, Ref out, Ref x, const nb::object& weight, const MaybeVector& bias) {
@@ -55,8 +58,7 @@ void linear(BoundProgram& p, Ref out, Ref x, const nb::object& weight, const May
   need(x.cols == w.n_in && out.cols == w.n_out, "linear: x has other columns than the weight");
   const float* b = bias ? p.keep(*bias, w.n_out, "bias") : nullptr;
   const auto kernel = p.need(p.device->kernels.linear, "linear");
-  const std::string name = "linear " + std::to_string(w.n_out) + "x" + std::to_string(w.n_in) + " " + nb::cast<const BoundWeight&>(weight).format;
-  p.add(name, out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), w, b}); });
+  p.add("linear " + text_of(w) + " " + format_of(weight), out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), w, b}); });
   p.streams(nb::cast<const BoundWeight&>(weight));
 }
 
@@ -71,11 +73,22 @@ void fused_linear(BoundProgram& p, Ref out, Ref x, Ref add, const nb::object& we
   const Act kind = gate ? act_named(*gate) : Act::silu;
   const bool gated = gate.has_value();
   const auto kernel = p.need(p.device->kernels.linear, "linear");
-  const std::string name = "linear " + std::to_string(w.n_out) + "x" + std::to_string(w.n_in) + " " + nb::cast<const BoundWeight&>(weight).format;
-  p.add(name, out, [=](const Ctx& c, const Frame& f) {
+  p.add("linear " + text_of(w) + " " + format_of(weight), out, [=](const Ctx& c, const Frame& f) {
     kernel(c, {f.mat(x), f.mat(out), w, b, adds ? f.mat(add) : Mat{}, before, gated, kind});
   });
   p.streams(nb::cast<const BoundWeight&>(weight));
+}
+
+// Logits of a head that is kept twice (RescoredArgs); `norm` as in fused_linear.
+void rescored(BoundProgram& p, Ref out, Ref x, const nb::object& coarse, const nb::object& fine, const MaybeVector& norm, float eps, float offset) {
+  const Weight c_w = p.keep(coarse), f_w = p.keep(fine);
+  need(x.cols == f_w.n_in && out.cols == f_w.n_out && c_w.n_in == f_w.n_in && c_w.n_out == f_w.n_out, "rescored: both matrices must fit x and the result");
+  const Norm before = norm ? Norm{p.keep(*norm, f_w.n_in, "weight"), eps, offset} : Norm{};
+  const auto kernel = p.need(p.device->kernels.rescored, "rescored");
+  p.need(p.device->kernels.linear, "linear");
+  const std::string name = "rescored " + text_of(f_w) + " " + format_of(coarse) + " " + format_of(fine);
+  p.add(name, out, [=](const Ctx& c, const Frame& f) { kernel(c, {f.mat(x), f.mat(out), c_w, f_w, before}); });
+  p.streams(nb::cast<const BoundWeight&>(coarse));
 }
 
 void embed(BoundProgram& p, Ref out, const nb::object& table, bool by_position) {
@@ -345,6 +358,7 @@ void bind_program(nb::module_& m) {
       .def("linear", &linear, arg(), arg(), arg(), arg().noconvert().none())
       .def("fused_linear", &fused_linear, arg(), arg(), arg(), arg(), arg().noconvert().none(), arg("adds"), arg("norm").noconvert().none(),
            arg("eps"), arg("offset"), arg("gate").none())
+      .def("rescored", &rescored, arg(), arg(), arg(), arg(), arg("norm").noconvert().none(), arg("eps"), arg("offset"))
       .def("embed", &embed)
       .def("rms_norm", &rms_norm, arg(), arg(), arg().noconvert(), arg(), arg())
       .def("layer_norm", &layer_norm, arg(), arg(), arg().noconvert(), arg().noconvert().none(), arg())

@@ -23,22 +23,16 @@ void run_vector(const Ctx& c, Job& j) {
 }
 
 void linear(const Ctx& c, const LinearArgs& a) {
-  Job j = {};
-  j.w = a.w, j.out = a.out, j.add = a.add, j.bias = a.bias;
-  j.n_rows = c.n_rows, j.k = padded_k(a.w), j.block = block_bytes(a.w), j.n_blocks = ceil_div(a.w.n_out, 16);
-  j.n_groups = a.w.group ? j.k / a.w.group : 1;
-  j.gate = a.gate, j.kind = a.kind, j.n_lead = a.gate ? j.n_blocks / 2 : j.n_blocks;
-  j.apart = a.gate ? j.n_lead : 1, j.step = j.apart * j.block;
-  const bool codes = !is_float(a.w.format);
+  Job j = job_of(c, a);
 #if PL_AMX
-  if (a.w.format == Format::bf16 || as_floats(a.w) || (codes && scaled_group(a.w) == 0 && j.n_rows > kVnniRows)) {
+  const bool sums_freely = !is_float(a.w.format) && scaled_group(a.w) == 0;
+  if (on_tiles(a.w) || (sums_freely && j.n_rows > kVnniRows)) {
     j.streams = streams(j);
     j.a = prepare_tiles(c, a, j.k, j.n_groups, min_of<int64_t>(16, j.n_rows), true);
     return run_amx(c, j);
   }
 #endif
-  const bool tiled = codes || (PL_BF16 && a.w.format == Format::bf16);
-  j.a = tiled ? prepare_tiles(c, a, j.k, j.n_groups, 1, false) : prepare_floats(c, a, j.k);
+  j.a = prepare_vectors(c, a, j);
   run_vector(c, j);
 }
 

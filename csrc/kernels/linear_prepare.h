@@ -146,6 +146,34 @@ inline Rows prepare_tiles(const Ctx& c, const LinearArgs& a, int64_t k, int64_t 
   return rows;
 }
 
+// ---- a product, as `linear` and what else multiplies with its kernels begin it ----
+
+// Everything but the activations.
+inline Job job_of(const Ctx& c, const LinearArgs& a) {
+  Job j = {};
+  j.w = a.w, j.out = a.out, j.add = a.add, j.bias = a.bias;
+  j.n_rows = c.n_rows, j.k = padded_k(a.w), j.block = block_bytes(a.w), j.n_blocks = ceil_div(a.w.n_out, 16);
+  j.n_groups = a.w.group ? j.k / a.w.group : 1;
+  j.gate = a.gate, j.kind = a.kind, j.n_lead = a.gate ? j.n_blocks / 2 : j.n_blocks;
+  j.apart = a.gate ? j.n_lead : 1, j.step = j.apart * j.block;
+  return j;
+}
+
+// Whether this matrix multiplies on tiles however few the rows are.
+PL_INLINE bool on_tiles([[maybe_unused]] const Weight& w) {
+#if PL_AMX
+  return w.format == Format::bf16 || as_floats(w);
+#else
+  return false;
+#endif
+}
+
+// Rows for the vector kernels.
+inline Rows prepare_vectors(const Ctx& c, const LinearArgs& a, const Job& j) {
+  const bool tiled = !is_float(a.w.format) || (PL_BF16 && a.w.format == Format::bf16);
+  return tiled ? prepare_tiles(c, a, j.k, j.n_groups, 1, false) : prepare_floats(c, a, j.k);
+}
+
 }  // namespace
 }  // namespace PL_ISA
 }  // namespace paceline

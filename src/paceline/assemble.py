@@ -134,14 +134,15 @@ def make_ops(plan: Plan) -> Ops:
         return NativeOps(plan.isa, plan.threads)
     from paceline.ops.reference import ReferenceOps
 
+    n_decoded = plan.model.n_params + plan.model.n_vocab * plan.model.d_model  # a coarse copy of the head comes on top
     if plan.backend == "torch":
         try:
             import torch
         except ImportError:
             raise ConfigError("backend = 'torch': PyTorch is not installed; pip install 'paceline[torch]'") from None
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return ReferenceOps(xp=torch, device=device, cache_bytes=4 * plan.model.n_params, invariant=device == "cpu")
-    decoded = 4 * plan.model.n_params  # every matrix as float32, so that it is unpacked once
+        return ReferenceOps(xp=torch, device=device, cache_bytes=4 * n_decoded, invariant=device == "cpu")
+    decoded = 4 * n_decoded  # every matrix as float32, so that it is unpacked once
     return ReferenceOps(cache_bytes=decoded if decoded < (plan.machine.memory - plan.peak_bytes) // 2 else 0)
 
 

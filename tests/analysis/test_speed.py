@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -88,6 +89,19 @@ def test_what_is_profiled_is_what_is_counted(llm: LLM, work: str) -> None:
         assert r.share == pytest.approx(
             max(r.bytes / 1e9, r.flops / LIMITS.peaks[operators.unit_of(r.name, "bfloat16")]) / r.seconds
         )
+
+
+@native
+def test_a_head_in_two_passes_is_profiled_as_it_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**CONFIG, "vocab_size": 1 << 14}))
+    with LLM(RandomCheckpoint(str(path)), format="int4", context=256, use=("no:serving/radix",)) as llm:
+        assert llm.plan.model.weight_bytes == sum(w.nbytes for w in llm.engine.runner.model.w.values())
+        rows = speed.profile_decode(llm, 2, 40, LIMITS, n=4)
+        costs = operators.count(llm.engine.runner.model, [1, 1], [44, 44], "bfloat16")
+    (head,) = [r for r in rows if r.name == "rescored 16384x64 int4 int8"]
+    assert (head.calls, head.bytes, head.flops) == (1, costs[head.name].bytes, costs[head.name].flops)
+    assert operators.unit_of(head.name, "bfloat16") == "int8"
 
 
 @pytest.mark.parametrize(("batch", "context"), [(1, 250), (5, 20), (4, 255)])

@@ -154,6 +154,25 @@ def test_every_format_gives_the_same_bits_with_any_threads(format: str) -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_head_in_two_passes_gives_the_same_bits_in_any_batch(backend: str) -> None:
+    large = {**CONFIG, "vocab_size": 1 << 14, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    requests = [
+        request(f"r{i}", p, seed=i, temperature=0.8 * (i % 2), logprobs=3, max_tokens=4)
+        for i, p in enumerate(prompts(5, 33))
+    ]
+    found = []
+    for threads, chunk, max_rows in ((1, 64, 64), (2, 5, 16)):
+        model = tiny_model(make_backend(backend, threads), large, format="int4")
+        assert model.w["embed.coarse"].format == "int4"
+        outputs = run_all(tiny_engine(model, chunk=chunk, max_rows=max_rows), requests)
+        found.append([(outputs[r.id].token_ids, outputs[r.id].completions[0].logprobs) for r in requests])
+    assert found[0] == found[1]
+    for r, got in zip(requests[:2], found[0], strict=False):
+        want = alone(model, r)
+        assert got == (want.token_ids, want.completions[0].logprobs)
+
+
 class Oracle:
     """Proposes the plain run's own tokens, with mistakes, as a chain or a tree."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 from harness import backends, make_ops, run
 
 from paceline import models
+from paceline.checkpoints import open_checkpoint
 from paceline.checkpoints.base import TensorInfo
+from paceline.checkpoints.packed import save_packed
 from paceline.core.errors import CheckpointError, ConfigError
-from paceline.models.loader import INT8, FormatChoice, load, plan_sizes
+from paceline.models.loader import INT8, FormatChoice, load, parameters, plan_sizes
 from paceline.ops import formats
 from paceline.ops.formats.base import dequantise
 from paceline.ops.packed import Codes, Packed
@@ -269,6 +272,82 @@ def test_overrides_and_progress() -> None:
     assert (got["layers.0.mlp.down"], got["layers.1.mlp.down"], got["head"]) == ("int4", "int8", "f16")
     assert [c[2] for c in calls] == list(model.w)
     assert calls[-1][0] == calls[-1][1] == sum(w.nbytes for w in model.w.values())
+
+
+SPLIT = FormatChoice(formats.Spec("int4g", 64), coarse_from=32)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("backend", backends())
+def test_a_coarse_copy_of_the_head(tied: bool, backend: str) -> None:
+    checkpoint = random_checkpoint(ml_dtypes.bfloat16, tie_word_embeddings=tied)
+    name, source = ("embed", "model.embed_tokens.weight") if tied else ("head", "lm_head.weight")
+    config = models.read(checkpoint.config)
+    sizes = plan_sizes(config, SPLIT, checkpoint)
+    model = load(checkpoint, make_ops(backend), format=SPLIT, context=16)
+    assert same(model.w[f"{name}.coarse"], formats.get("int4").pack(checkpoint.weights[source]))
+    assert same(model.w[name], formats.get("int8").pack(checkpoint.weights[source]))
+    assert dict(sizes.params) == {n: w.nbytes for n, w in model.w.items()}
+    assert sizes.n_params == sum(w.size for w in checkpoint.weights.values())
+    assert "int4:group=32 (coarse head)" in sizes.formats
+    assert model.notes == ()
+    one_pass = load(checkpoint, make_ops(backend), format=replace(SPLIT, coarse_from=None), context=16)
+    assert f"{name}.coarse" not in one_pass.w  # all of its few outputs are computed again: the same bits
+    assert np.array_equal(run(model, model.ops, [TOKENS]), run(one_pass, one_pass.ops, [TOKENS]))
+
+
+def test_who_gets_a_coarse_copy() -> None:
+    def copied(format: FormatChoice, **changes: Any) -> bool:
+        sizes = plan_sizes(models.read({**CONFIG, **changes}), format)
+        return "head.coarse" in sizes.params
+
+    large = {"vocab_size": 1 << 14}
+    for text, wanted in {"int4": 1, "int4g:group=64": 1, "int8": 0, "int8:group=0": 0, "bf16": 0, "auto": 0}.items():
+        assert copied(FormatChoice.parse(text), **large) == wanted
+    int4 = FormatChoice.parse("int4")
+    assert not copied(int4, vocab_size=(1 << 14) - 1)
+    assert not copied(replace(int4, coarse_from=None), **large)
+    assert not copied(replace(int4, overrides=(("head", formats.Spec("bf16")),)), **large)
+    assert not copied(replace(int4, head=formats.Spec("int8", 64)), **large)
+    assert copied(replace(int4, overrides=(("head", INT8),)), **large)
+
+
+def test_own_checkpoints_hold_the_coarse_copy_or_go_without() -> None:
+    model = loaded(random_checkpoint(), SPLIT)
+    own = Memory(CONFIG, dict(model.w))
+    for format in (FormatChoice(), SPLIT):
+        again = loaded(own, format)
+        assert again.w["head.coarse"] is model.w["head.coarse"]
+        assert plan_sizes(models.read(CONFIG), format, own).params == {n: w.nbytes for n, w in model.w.items()}
+        assert again.notes == ()
+    for format in (FormatChoice.parse("bf16"), FormatChoice.parse("int8"), replace(SPLIT, coarse_from=None)):
+        own.reads.clear()
+        assert "head.coarse" not in loaded(own, format).w
+        assert "head.coarse" not in own.reads
+    del own.weights["head.coarse"]  # as written before there were any
+    for format in (FormatChoice(), SPLIT):
+        assert "head.coarse" not in loaded(own, format).w
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_a_coarse_copy_survives_the_disk(tmp_path: Path, backend: str) -> None:
+    checkpoint = random_checkpoint(vocab_size=1200, tie_word_embeddings=True)
+    choice = replace(SPLIT, coarse_from=1200)
+    config = models.read(checkpoint.config)
+    save_packed(tmp_path / "own", checkpoint.config, parameters(checkpoint, config, choice, []), form="int4g")
+    own = open_checkpoint(tmp_path / "own")
+    a, b = (load(c, make_ops(backend), format=f, context=16) for c, f in ((checkpoint, choice), (own, FormatChoice())))
+    assert same(a.w["embed.coarse"], b.w["embed.coarse"])
+    assert plan_sizes(config, FormatChoice(), own).params == {name: w.nbytes for name, w in a.w.items()}
+    logits = run(a, a.ops, [TOKENS])
+    assert np.array_equal(run(b, b.ops, [TOKENS]), logits)
+    plain = load(checkpoint, make_ops(backend), format=replace(choice, coarse_from=None), context=16)
+    exact = run(plain, plain.ops, [TOKENS])
+    again = logits == exact  # 64 of the 75 blocks, the likeliest among them
+    assert (again.sum(axis=1) >= 1024).all()
+    assert not again.all()
+    assert again[np.arange(len(TOKENS)), logits.argmax(axis=1)].all()
+    own.close()
 
 
 def test_context_and_backend_refusals() -> None:

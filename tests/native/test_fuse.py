@@ -64,6 +64,22 @@ def test_same_bits_of_long_gates(ops, monkeypatch, fmt, group):
         assert np.asarray(fused(x, None)).tobytes() == np.asarray(plain(x, None)).tobytes()
 
 
+@pytest.mark.parametrize("n_out", [1500, 33000])
+def test_same_bits_of_a_head(ops, monkeypatch, n_out):
+    w, norm = matrix(1, n_out, D), matrix(2, D)
+    coarse, fine = pack(w, "int4", 32)[0], pack(w, "int8", 32)[0]
+
+    def net(x, b):
+        return ops.rescored(ops.rms_norm(x, norm, 1e-5, offset=1.0), coarse, fine)
+
+    fused = ops.compile(net, (D,))
+    monkeypatch.setattr(record, "fuse", lambda calls, widths, kept: calls)
+    plain = ops.compile(net, (D,))
+    for n in (1, 3, 20, 75):
+        x = matrix(n, n, D)
+        assert np.asarray(fused(x, None)).tobytes() == np.asarray(plain(x, None)).tobytes()
+
+
 def ops_of(recorder: Recorder, *kept) -> list[str]:
     return [c.op for c in record.fuse(recorder.calls, recorder.widths, {r.id for r in kept})]
 
@@ -79,6 +95,9 @@ def test_what_is_fused_and_what_is_not():
     normed = lambda r, x: r.call("rms_norm", (x,), D, (norm, 1e-5, 0.0))  # noqa: E731
     assert trace(lambda r, x: [linear(r, x)]) == ["linear"]
     assert trace(lambda r, x: [linear(r, normed(r, x))]) == ["fused_linear"]
+    rescored = lambda r, x: r.call("rescored", (x,), D, (weight, weight, None, 0.0, 0.0))  # noqa: E731
+    assert trace(lambda r, x: [rescored(r, normed(r, x))]) == ["rescored"]
+    assert trace(lambda r, x: [r.call("add", (x, rescored(r, x)), D)]) == ["rescored", "add"]
     assert trace(lambda r, x: [r.call("add", (x, linear(r, x)), D)]) == ["fused_linear"]
     assert trace(lambda r, x: [r.call("add", (linear(r, x), x), D)]) == ["fused_linear"]
 

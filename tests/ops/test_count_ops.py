@@ -9,7 +9,7 @@ from ops_cases import FORMATS
 from paceline import models
 from paceline.core.kvcache import KVCache, make_groups
 from paceline.core.specs import KV, AttnSpec, Window
-from paceline.ops import Experts, Rope, formats
+from paceline.ops import RESCORED, Experts, Rope, formats
 from paceline.ops.count import ACT_FLOPS, Cost, CountOps, Shape, step
 from paceline.ops.packed import LANES
 
@@ -145,6 +145,23 @@ def test_other_ops():
     assert [a.shape for a in ops.logprobs(np.zeros((3, 50)), ids, 4)] == [(3,), (3, 4), (3, 4)]
     with pytest.raises(AssertionError):
         ops.linear(x, formats.placeholder(formats.parse("f32"), (16, 31)))
+
+
+def test_a_head_in_two_passes_reads_what_its_rows_choose():
+    n_out, n_in = 2000, 64  # 125 blocks
+    coarse, fine = (formats.placeholder(formats.parse(f), (n_out, n_in)) for f in ("int4", "int8"))
+    small, large = formats.nbytes(coarse), formats.nbytes(fine)
+
+    def cost(rows):
+        ops = CountOps()
+        assert ops.rescored(Shape(rows, n_in), coarse, fine) == Shape(rows, n_out)
+        (entry,) = ops.ledger.entries
+        assert entry.name == "rescored 2000x64 int4 int8"
+        assert entry.cost.flops == rows * 2 * n_in * (n_out + RESCORED * LANES)
+        return entry.cost.weights
+
+    assert cost(1) == small + large * RESCORED // 125
+    assert cost(2) == cost(99) == small + large
 
 
 def test_a_cache_without_memory():

@@ -14,9 +14,9 @@ from ops_cases import FORMATS, Paged, attend, causal, dense, random_qkv
 
 from paceline.core.errors import ConfigError
 from paceline.core.specs import AttnSpec
-from paceline.ops import Experts, Rope, formats
+from paceline.ops import RESCORED, Experts, Rope, formats
 from paceline.ops import reference as reference_file
-from paceline.ops.packed import Packed
+from paceline.ops.packed import LANES, Packed
 from paceline.ops.reference import ReferenceOps
 
 OPS = ReferenceOps()
@@ -107,6 +107,21 @@ def test_linear_rows_stand_alone(text, n_in):
     for r in range(9):
         np.testing.assert_array_equal(OPS.linear(x[r : r + 1], w)[0], whole[r])
     np.testing.assert_array_equal(OPS.linear(np.ascontiguousarray(np.hstack([x, x]))[:, n_in:], w), whole)
+
+
+@pytest.mark.parametrize("n_out", [40, RESCORED * LANES, 1041, 3000])
+def test_a_head_in_two_passes(n_out):
+    """The blocks with the largest coarse logits have the bits of the fine matrix, others those of the coarse one; rows stand alone."""
+    coarse, fine, x = pack("int4", n_out, 65), pack("int8:group=32", n_out, 65), rand(5, 65)
+    y, a, b = OPS.rescored(x, coarse, fine), OPS.linear(x, coarse), OPS.linear(x, fine)
+    for r in range(5):
+        best = [(-a[r, at : at + LANES].max(), at) for at in range(0, n_out, LANES)]
+        chosen = [at for _, at in sorted(best)[:RESCORED]]
+        want = a[r].copy()
+        for at in chosen:
+            want[at : at + LANES] = b[r, at : at + LANES]
+        np.testing.assert_array_equal(y[r], want)
+        np.testing.assert_array_equal(OPS.rescored(x[r : r + 1], coarse, fine)[0], want)
 
 
 def test_cache_and_pieces_do_not_change_bits(monkeypatch):

@@ -71,6 +71,11 @@ def test_linear_on_tensors(on_torch, text):
         same(on_torch, cached.linear(t(x), w, b), OPS.linear(x, w, b))
 
 
+def test_a_head_in_two_passes_on_tensors(on_torch):
+    x, coarse, fine = rand(4, 100), pack("int4", 1500, 100), pack("int8:group=32", 1500, 100)
+    same(on_torch, on_torch.rescored(t(x), coarse, fine), OPS.rescored(x, coarse, fine))
+
+
 def test_small_ops_on_tensors(on_torch):
     x = rand(4, 16)
     for kind in ("silu", "gelu", "gelu_tanh", "relu"):

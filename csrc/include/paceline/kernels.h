@@ -102,6 +102,10 @@ struct LinearArgs {
   bool gate = false;
   Act kind = Act::silu;
 };
+// Logits of a head that is kept twice: those of `coarse`, and in each row the kRescored blocks of 16 outputs with the largest of them
+// again from `fine`, of the same shape. norm: as in LinearArgs.
+constexpr int64_t kRescored = 64;
+struct RescoredArgs { Mat x, out; Weight coarse, fine; Norm norm = {}; };
 struct EmbedArgs { Mat out; Weight table; const int32_t* ids; }; // out row r = row ids[r] of table, dequantised; ids are in range
 struct RmsNormArgs { Mat x, out; const float* weight; int64_t n; float eps, offset; };  // runs of n columns; x.cols % n == 0
 struct LayerNormArgs { Mat x, out; const float *weight, *bias; float eps; };             // bias or null
@@ -151,6 +155,7 @@ struct PackArgs { const void* src; Dtype source; Weight w; int32_t* flags; };
 // A kernel file fills the entries it provides; the rest stay null.
 struct Kernels {
   void (*linear)(const Ctx&, const LinearArgs&);
+  void (*rescored)(const Ctx&, const RescoredArgs&);
   void (*embed)(const Ctx&, const EmbedArgs&);
   void (*rms_norm)(const Ctx&, const RmsNormArgs&);
   void (*layer_norm)(const Ctx&, const LayerNormArgs&);

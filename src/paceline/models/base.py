@@ -46,14 +46,25 @@ class ModelConfig:
     rope: Mapping[str, rope.RopeSpec] = field(default_factory=dict)  # by the names that layers use ("full")
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def output(self) -> str:
+        """The parameter whose rows are the outputs of the head."""
+        return "embed" if self.tied else "head"
+
+
+def coarse(name: str) -> str:
+    """What the coarse copy of a head is called."""
+    return f"{name}.coarse"
+
 
 @dataclass(frozen=True)
 class Param:
     """One parameter of the program and where a Hugging Face checkpoint keeps it.
 
     `sources` are concatenated along axis 0 (fused QKV, gate|up). kind: "linear" (a matrix in the plan's format),
-    "embed" (a matrix gathered by rows, and the head when tied), "head" (the untied head), "router" and "position"
-    (matrices kept in floating point), "vector" (float32). `transpose`: the checkpoint stores (n_in, n_out).
+    "embed" (a matrix gathered by rows, and the head when tied), "head" (the untied head), "coarse" (the loader's: a
+    head's coarse copy), "router" and "position" (matrices kept in floating point), "vector" (float32).
+    `transpose`: the checkpoint stores (n_in, n_out).
     """
 
     sources: tuple[str, ...]
@@ -150,7 +161,14 @@ class Model:
 
     def head(self, x: Array) -> Array:
         """Logits of the rows x, the final norm included."""
-        return self.ops.linear(self.norm(x), self.matrix("embed" if self.config.tied else "head"))
+        return self.logits(self.norm(x))
+
+    def logits(self, x: Array) -> Array:
+        """x W^T of the output matrix; in two passes where the loader keeps a coarse copy of it."""
+        name = self.config.output
+        if coarse(name) in self.w:
+            return self.ops.rescored(x, self.matrix(coarse(name)), self.matrix(name))
+        return self.ops.linear(x, self.matrix(name))
 
     # weights by name
     def matrix(self, name: str) -> Packed:

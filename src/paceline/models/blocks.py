@@ -248,7 +248,7 @@ def scaled_embed(m: Model, batch: Any) -> Array:
 
 def capped_head(m: Model, x: Array) -> Array:
     """Logits, soft-capped where the config says so."""
-    logits = m.ops.linear(m.norm(x), m.matrix("embed" if m.config.tied else "head"))
+    logits = m.logits(m.norm(x))
     cap = m.config.extra["logit_softcap"]
     return m.ops.softcap(logits, cap) if cap else logits
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ import numpy as np
 from paceline import models
 from paceline.checkpoints.base import Checkpoint, TensorInfo
 from paceline.core.errors import CheckpointError, ConfigError
-from paceline.models.base import Model, ModelConfig, Param
+from paceline.models.base import Model, ModelConfig, Param, coarse
 from paceline.ops import Ops, formats
 from paceline.ops.formats import Spec
 from paceline.ops.formats.base import dequantise
@@ -30,6 +30,7 @@ Packer = Callable[[Any, str, "int | None", bool], Packed]
 
 F32 = Spec("f32")
 INT8 = Spec("int8", 32)
+INT4 = Spec("int4", 32)
 
 _FLOATS = {"f32", "f16", "bf16", "f64"}  # stored dtypes that are plain numbers
 _MAX_SHOWN = 20
@@ -44,12 +45,16 @@ class FormatChoice:
     plain numbers, it becomes `dtype`. Routers are float32 (they are small and decide between experts), position tables
     stay in floating point, vectors are float32. overrides: (regular expression of a parameter's name, format), of
     which the first match wins.
+
+    coarse_from: where the layers are quantised to 4 bits and the head to int8 in groups of 32, a head of so many outputs
+    is kept in int4 as well, and its logits are computed in two passes (`Ops.rescored`); None: never.
     """
 
     linear: Spec | None = None
     head: Spec | None = None
     dtype: Spec | None = None
     overrides: tuple[tuple[str, Spec], ...] = ()
+    coarse_from: int | None = 1 << 14
 
     @classmethod
     def parse(cls, format: str = "auto", dtype: str = "auto") -> FormatChoice:
@@ -59,6 +64,8 @@ class FormatChoice:
 
     def wanted(self, name: str, kind: str, stored: Iterable[str]) -> Spec | None:
         """What `name`, found as `stored` dtypes, should be kept in; None: as it comes."""
+        if kind == "coarse":
+            return INT4
         plain = set(stored) <= _FLOATS
         for pattern, override in self.overrides:
             if re.fullmatch(pattern, name):
@@ -72,6 +79,16 @@ class FormatChoice:
             quantised = asked is not None and formats.get(asked.name).quantised
             asked = self.head or (INT8 if quantised else asked)
         return asked or (self.dtype if plain else None)
+
+    def coarse(self, name: str, p: Param, stored: Collection[str], as_stored: bool = False) -> bool:
+        """Whether the head `name`, found as `stored` dtypes, gets a coarse copy, or keeps the one that is stored."""
+        if self.coarse_from is None:
+            return False
+        kept = self.wanted(name, p.kind, stored)
+        if self.linear is None:
+            return as_stored and kept in (None, INT8) and set(stored) == {INT8.name}
+        few_bits = formats.get(self.linear.name).quantised and self.linear.bits < 8
+        return few_bits and kept == INT8 and p.shape[0] >= self.coarse_from
 
 
 @dataclass(frozen=True)
@@ -91,26 +108,47 @@ class Sizes:
 # ---------------------------------------------------------------- what is where
 
 
+def _params(config: ModelConfig, format: FormatChoice, infos: Mapping[str, TensorInfo]) -> dict[str, Param]:
+    """The program's parameters, and the coarse copy of its head where there is to be one.
+
+    Our own checkpoints hold the copy or go without: making it would read all of the head. Others give it from the
+    head's own sources.
+    """
+    params = models.get(config.model_type).Net.params(config)
+    name = config.output
+    p, copy = params[name], coarse(name)
+    if name in infos:
+        wanted = copy in infos and format.coarse(name, p, [infos[name].dtype], as_stored=True)
+    else:
+        wanted = format.coarse(name, p, {infos[s].dtype for s in p.sources if s in infos})
+    return {**params, copy: replace(p, kind="coarse")} if wanted else params
+
+
 def _places(params: Mapping[str, Param], infos: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
     """The checkpoint's tensors for each parameter: itself in our own checkpoints, else its Hugging Face sources."""
     return {name: (name,) if name in infos else p.sources for name, p in params.items()}
 
 
-def check(net: type[Model], config: ModelConfig, infos: Mapping[str, TensorInfo]) -> None:
+def check(net: type[Model], config: ModelConfig, params: Mapping[str, Param], infos: Mapping[str, TensorInfo]) -> None:
     """Names, shapes and vocabulary against the program, before weights are read.
 
     Raises CheckpointError with every problem.
     """
-    params = net.params(config)
-    places = _places(params, infos)
+    places = {
+        name: sources
+        for name, sources in _places(params, infos).items()
+        if params[name].kind != "coarse" or sources == (name,)  # else it comes from what the head is checked for
+    }
     problems: list[str] = []
-    for name, p in params.items():
+    for name in places:
+        p = params[name]
         missing = [s for s in places[name] if s not in infos]
         problems += [f"{s} is missing (for {name})" for s in missing]
         if not missing:
             problems += _shape_problems(p, places[name], infos, config)
     used = {s for sources in places.values() for s in sources}
     ignored = [*net.ignored, r".*\.rotary_emb\.inv_freq", *([r"lm_head\.weight"] if config.tied else [])]
+    ignored.append(re.escape(coarse(config.output)))  # of a head that is kept otherwise than it is stored
     unknown = [n for n in infos if n not in used and not any(re.fullmatch(pattern, n) for pattern in ignored)]
     problems += [f"{n} is unknown to model_type {config.model_type}" for n in unknown]
     if not problems:
@@ -141,7 +179,7 @@ def _shape_problems(
 def plan_sizes(config: ModelConfig, format: FormatChoice, checkpoint: Checkpoint | None = None) -> Sizes:
     """What the parameters will take, without reading weights. "As stored" is the checkpoint's dtype (else float32)."""
     infos = checkpoint.tensors() if checkpoint else {}
-    params = models.get(config.model_type).Net.params(config)
+    params = _params(config, format, infos)
     sizes: dict[str, int] = {}
     used: dict[str, set[str]] = {}  # format -> the kinds of parameters in it
     floats: set[str] = set()
@@ -155,12 +193,15 @@ def plan_sizes(config: ModelConfig, format: FormatChoice, checkpoint: Checkpoint
         as_is = stored == {wanted.name} if wanted and name in infos else wanted is None and not stored <= _FLOATS
         target = wanted or _widest(stored)
         sizes[name] = sum(infos[s].nbytes for s in sources) if as_is else target.nbytes(_matrix_shape(p))
+        if p.kind == "coarse":
+            continue
         used.setdefault(" + ".join(sorted(stored)) if as_is else str(target), set()).add(p.kind)
         if not as_is and p.kind in ("linear", "embed", "head"):
             floats.add(target.name)
     dtype = "float32" if "f32" in floats else "float16" if "f16" in floats else "bfloat16"
-    n_params = sum(math.prod(p.shape) for p in params.values())
+    n_params = sum(math.prod(p.shape) for p in params.values() if p.kind != "coarse")
     told = [text if "linear" in kinds else f"{text} ({', '.join(sorted(kinds))})" for text, kinds in used.items()]
+    told += [f"{INT4} (coarse head)"] if coarse(config.output) in params else []
     return Sizes(sizes, n_params, ", ".join(told), dtype)
 
 
@@ -215,8 +256,8 @@ def parameters(
     """
     net = models.get(config.model_type).Net
     infos = checkpoint.tensors()
-    check(net, config, infos)
-    params = net.params(config)
+    params = _params(config, format, infos)
+    check(net, config, params, infos)
     total = plan_sizes(config, format, checkpoint).n_bytes
     done = 0
     for name, sources in _places(params, infos).items():

@@ -18,6 +18,8 @@ from paceline.ops.packed import Packed
 
 Array = Any  # the backend's activation matrix
 
+RESCORED = 64  # blocks of LANES outputs that `rescored` computes from the fine matrix in each row
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -72,6 +74,10 @@ class Ops(Protocol):
         """Rows of `table` (n_out = vocabulary or positions) chosen by batch.tokens or batch.positions."""
 
     def linear(self, x: Array, w: Packed, bias: np.ndarray | None = None) -> Array: ...
+    def rescored(self, x: Array, coarse: Packed, fine: Packed) -> Array:
+        """Logits of a head that is kept twice: `linear(x, coarse)`, of which in each row the RESCORED blocks of LANES outputs with
+        the largest coarse logit (ties: the lower block; NaN counts as infinite) are those of `linear(x, fine)` instead."""
+
     def rms_norm(self, x: Array, weight: np.ndarray, eps: float, *, offset: float = 0.0) -> Array:
         """x / sqrt(mean(x^2) + eps) * (offset + weight) over consecutive runs of len(weight) columns (heads)."""
 

@@ -19,7 +19,7 @@ import numpy as np
 from paceline.core.batch import Batch, GroupBatch
 from paceline.core.kvcache import DTYPES, make_groups, of_layer
 from paceline.core.specs import AttnSpec, StateSpec
-from paceline.ops import Experts, Rope, formats, visible
+from paceline.ops import RESCORED, Experts, Rope, formats, visible
 from paceline.ops.packed import LANES, Packed
 
 ACT_FLOPS = {"silu": 4, "gelu": 5, "gelu_tanh": 9, "relu": 1}  # for one number
@@ -178,6 +178,17 @@ class CountOps:
         weights = formats.nbytes(w) + (4 * n_out if bias is not None else 0)
         name = f"linear {n_out}x{n_in} {w.format}"
         return self._record("linear", Shape(x.rows, n_out), x, name=name, flops=flops, weights=weights)
+
+    def rescored(self, x: Shape, coarse: Packed, fine: Packed) -> Shape:
+        """The fine blocks of different rows count as different ones, as long as there are so many."""
+        assert coarse.shape == fine.shape == (fine.shape[0], x.cols), f"{coarse.shape}, {fine.shape}, {x.cols} columns"
+        n_out, n_in = fine.shape
+        n_blocks = -(-n_out // LANES)
+        chosen = min(RESCORED, n_blocks)
+        flops = 2 * x.rows * n_in * (n_out + min(chosen * LANES, n_out))
+        weights = formats.nbytes(coarse) + formats.nbytes(fine) * min(x.rows * chosen, n_blocks) // n_blocks
+        name = f"rescored {n_out}x{n_in} {coarse.format} {fine.format}"
+        return self._record("rescored", Shape(x.rows, n_out), x, name=name, flops=flops, weights=weights)
 
     def rms_norm(self, x: Shape, weight: np.ndarray, eps: float, *, offset: float = 0.0) -> Shape:
         return self._record("rms_norm", x, x, flops=4 * x.size, weights=4 * len(weight))

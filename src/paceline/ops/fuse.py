@@ -1,6 +1,6 @@
 """Fewer passes over the activations of a traced program: a linear takes in what comes right before and after it.
 
-    rms_norm, linear    -> the linear normalises its rows as it reads them
+    rms_norm, linear    -> the linear normalises its rows as it reads them; so does a rescored head
     linear, gated       -> the linear computes gates and ups side by side and writes their product
     linear, add         -> the linear adds to its result as it writes it
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from paceline.ops.packed import LANES
@@ -55,14 +55,22 @@ def fuse(calls: Sequence[Call], widths: Sequence[int], kept: Collection[int]) ->
         """A whole register that only this call reads."""
         return uses[r.id] == 1 and r.col == 0 and r.cols == widths[r.id]
 
+    def norm_of(x: Reg) -> Call | None:
+        """The norm that made x, taken out of the program, where it ran over whole rows for this call alone."""
+        source = made.get(x.id)
+        if source is None or source.op != "rms_norm" or not passing(x) or len(source.args[0]) != x.cols:
+            return None
+        out[at[x.id]] = None
+        return source
+
     for c in calls:
         if c.op == "linear":
             linear = _Linear(c.out, c.ins[0], *c.args)
-            source = made.get(linear.x.id)
-            if source is not None and source.op == "rms_norm" and passing(linear.x) and len(source.args[0]) == linear.x.cols:
-                linear.norm, linear.x = source.args, source.ins[0]
-                out[at[source.out.id]] = None
+            if (norm := norm_of(linear.x)) is not None:
+                linear.norm, linear.x = norm.args, norm.ins[0]
             out.append(linear)
+        elif c.op == "rescored" and (norm := norm_of(c.ins[0])) is not None:
+            out.append(replace(c, ins=norm.ins, args=(*c.args[:2], *norm.args)))
         elif (found := _taken_in(c, out, at, passing)) is not None:
             product, other = found
             linear = out[at[product.id]]  # type: ignore[assignment]

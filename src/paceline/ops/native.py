@@ -194,6 +194,9 @@ class NativeOps:
     def linear(self, x: Array, w: Packed, bias: np.ndarray | None = None) -> Array:
         return self._apply("linear", (x,), w.shape[0], (w, bias))
 
+    def rescored(self, x: Array, coarse: Packed, fine: Packed) -> Array:
+        return self._apply("rescored", (x,), fine.shape[0], (coarse, fine, None, 0.0, 0.0))
+
     def rms_norm(self, x: Array, weight: np.ndarray, eps: float, *, offset: float = 0.0) -> Array:
         return self._apply("rms_norm", (x,), x.shape[1], (weight, float(eps), float(offset)))
 

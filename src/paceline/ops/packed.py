@@ -17,6 +17,8 @@ q in [0, 15]. Scales (and mins) are float16 (NB, G, 16) with one group per `grou
 scales are float32 (NB, 1, 16). int4 is `scale * factor * (q - 8)`: float32 scales (NB, 1, 16) per output, factors int8 (NB, G, 16)
 in [-15, 15] per group of 32.
 
+Blocks of 16 outputs are also what `Ops.rescored` computes again from a finer matrix: one is one run of memory.
+
 A linear with quantised weights quantises its activations too: per row and group of k's (per row when group is 0, and for int4) symmetric
 int8, scale = max|x| / 127 (1 where the maximum is 0), q = round-half-even(x * (1 / scale)); products are summed exactly in int32 per group,
 then scaled and summed in float32 in the order of the groups. f16 weights multiply float32 activations; bf16 weights multiply

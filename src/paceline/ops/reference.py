@@ -24,7 +24,7 @@ from array_api_compat import numpy as numpy_xp
 from paceline.core.batch import Batch, GroupBatch
 from paceline.core.errors import ConfigError
 from paceline.core.specs import AttnSpec
-from paceline.ops import Array, Experts, Rope, formats, sampling, visible
+from paceline.ops import RESCORED, Array, Experts, Rope, formats, sampling, visible
 from paceline.ops.packed import LANES, Packed
 
 _PIECE = 1 << 24  # elements of a matrix that are unpacked at a time
@@ -144,6 +144,22 @@ class ReferenceOps:
         pieces = [product(x, w, i, piece) for i, piece in enumerate(_pieces(w))]
         y = pieces[0] if len(pieces) == 1 else self.xp.concat(pieces, axis=1)
         return y if bias is None else y + self._array(bias)
+
+    def rescored(self, x: Array, coarse: Packed, fine: Packed) -> Array:
+        n_rows, n_out = x.shape[0], fine.shape[0]
+        n_blocks = -(-n_out // LANES)
+        if n_blocks <= RESCORED:
+            return self.linear(x, fine)
+        y = self.linear(x, coarse)
+        blocks = self.xp.full((n_rows, n_blocks * LANES), -math.inf, dtype=self.dtype, device=self.device)
+        blocks[:, :n_out] = y
+        blocks = self.numpy(self.xp.reshape(blocks, (n_rows, n_blocks, LANES)))
+        best = np.where(np.isnan(blocks), np.inf, blocks).max(axis=2)
+        chosen = np.argsort(-best, axis=1, kind="stable")[:, :RESCORED]
+        again = np.zeros((n_rows, n_blocks), bool)
+        np.put_along_axis(again, chosen, True, axis=1)
+        mask = self.xp.asarray(np.repeat(again, LANES, axis=1)[:, :n_out], device=self.device)
+        return self.xp.where(mask, self.linear(x, fine), y)
 
     def _plain(self, x: Array, w: Packed, i: int, piece: Packed) -> Array:
         """x W^T for plain numbers."""
