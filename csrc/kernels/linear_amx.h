@@ -265,7 +265,7 @@ template <Kind kKind, int kRows, int kBlocks> PL_INLINE void few_unpacked(const 
     if constexpr (kRows == 2) _tile_loadd(5, a + j.a.wide * 16 * 64, 64);
     _tile_loadd(6, tiles, 64);
     PL_TDP(0, 4, 6);
-    if constexpr (kRows == 2) PL_TDP(kBlocks, 5, 6);
+    if constexpr (kRows == 2) PL_TDP(2, 5, 6);
     if (more) unpack(0, t + 1);
     if constexpr (kBlocks > 1) {
       _tile_loadd(7, tiles + kTile, 64);
