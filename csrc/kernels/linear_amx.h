@@ -78,7 +78,7 @@ struct Ahead {
 template <Kind kKind, int kRows, int kBlocks, bool kPast> PL_INLINE void accumulate(const Operands& o, int64_t n, const Ahead& ahead) {
   for (int64_t t = 0; t < n; ++t) {
     const uint8_t *a = o.a + t * o.a_step, *b = o.b + t * kTile;
-    if constexpr (kRows == 2) ahead.b.step(t);
+    if constexpr (kPast) ahead.b.step(t);
     if constexpr (kPast) ahead.a.step(t), ahead.rows(t);
     if constexpr (kRows == 2) {
       _tile_loadd(6, b, 64);
@@ -87,7 +87,9 @@ template <Kind kKind, int kRows, int kBlocks, bool kPast> PL_INLINE void accumul
       if constexpr (kBlocks > 1) { _tile_loadd(7, b + o.b_block, 64); PL_TDP(1, 4, 7); }
       PL_LOAD_A(5, a + o.a_block);
       PL_TDP(2, 5, 6);
+      if constexpr (!kPast) ahead.b.block_step(0, t);
       if constexpr (kBlocks > 1) PL_TDP(3, 5, 7);
+      if constexpr (!kPast) ahead.b.block_step(1, t);
     } else {
       PL_LOAD_A(4, a);
       _tile_loadd(6, b, 64);
@@ -249,7 +251,7 @@ template <int kRows, int kBlocks> PL_INLINE void micro(const Job& j, const Plan&
 template <Kind kKind, int kRows, int kBlocks> PL_INLINE void few_packed(const Job& j, const Plan& p, int64_t at) {
   const uint8_t* b = j.weights(at);
   const Operands o = {j.a.row(0), j.a.wide * 16 * 64, j.a.mr * 64, b, j.step};
-  const Fetch fetch = kRows == 1 ? Fetch{b + kTile, j.step, kBlocks, 16} : Fetch{b + 2 * kPrefetch, j.step, kBlocks, 16};
+  const Fetch fetch = Fetch{b + kTile, j.step, kBlocks, 16};
   accumulate<kKind, kRows, kBlocks, false>(o, p.n_tiles, {fetch, {}, nullptr, 0, 0});
 }
 
