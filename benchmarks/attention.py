@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from paceline.core import entries
 from paceline.core.batch import Batch, GroupBatch
 from paceline.core.specs import KV, AttnSpec, KVGroup
 from paceline.ops.native import NativeOps
@@ -76,7 +77,7 @@ class Case:
         self.program = ops.compile(self._trace, widths)
         n_seen = sum(n * context - n * (n - 1) // 2 for context, n in seqs)
         self.flop = 4.0 * shape.dim * shape.n_heads * n_seen * self.n_layers
-        self.bytes = 2.0 * k[0].itemsize * shape.dim * shape.n_kv_heads * float(lens.sum()) * self.n_layers
+        self.bytes = 2.0 * entries.n_bytes(kv, shape.dim) * shape.n_kv_heads * float(lens.sum()) * self.n_layers
 
     def _trace(self, q: Any, k: Any, v: Any, batch: Any) -> Any:
         return [self.ops.attention(q, k, v, batch, layer, self.shape.spec) for layer in range(self.n_layers)][-1]
@@ -93,8 +94,9 @@ class Case:
         return tables, np.concatenate(slots)
 
     def _pool(self, n_pages: int, kv: str, rng: np.random.Generator) -> Any:
-        pool = self.ops.empty((n_pages, self.shape.n_kv_heads, PAGE, self.shape.dim), kv)
-        pool[:] = rng.standard_normal(pool.shape[1:], dtype=np.float32).astype(pool.dtype)
+        pool = self.ops.empty((n_pages, self.shape.n_kv_heads, PAGE, entries.n_items(kv, self.shape.dim)), kv)
+        page = rng.standard_normal((*pool.shape[1:-1], self.shape.dim), dtype=np.float32)
+        pool[:] = entries.encode(page, kv).astype(pool.dtype, copy=False)
         return pool
 
     def seconds(self, budget: float) -> list[float]:
@@ -138,12 +140,12 @@ def main() -> None:
     parser.add_argument("--isa")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--seconds", type=float, default=1.0, help="per case")
-    parser.add_argument("--kv", default="bfloat16", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--kv", default="bfloat16", choices=["float32", "float16", "bfloat16", "int8"])
     parser.add_argument("--shape", choices=[s.name for s in SHAPES])
     parser.add_argument("--case", choices=list(CASES))
     args = parser.parse_args()
     ops = NativeOps(args.isa, args.threads)
-    pairs = args.kv == "bfloat16" and ops.isa in ("avx512_bf16", "amx")
+    pairs = args.kv in ("bfloat16", "int8") and ops.isa in ("avx512_bf16", "amx")
     kind = "bf16" if pairs else "f32"
     ceilings = {"bandwidth": ops.device.read_bandwidth(), "peak": ops.device.peak(kind, 0.3)}
     print(

@@ -21,7 +21,11 @@ from paceline.llm import LLM
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shape", default="llama-3.2-1b")
-    p.add_argument("--formats", default="int8,int8:group=0,int4,int4:group=128,int4:group=32,mins", help="separated by blanks or commas")
+    p.add_argument(
+        "--formats",
+        default="int8,int8:group=0,int4,int4:group=128,int4:group=32,mins",
+        help="separated by blanks or commas",
+    )
     p.add_argument("--tokens", type=int, default=256)
     args = p.parse_args()
     results = []
@@ -31,7 +35,9 @@ def main() -> None:
             with LLM(RandomCheckpoint(args.shape), format=fmt, context=512) as candidate:
                 d = divergence(reference, candidate, ids, 64)
             results.append({"format": fmt, **d.describe()})
-            print(f"{fmt:>22}: KL {d.mean_kl:.3e} ± {d.stderr:.1e} nats, top-1 agreement {100 * d.top1_agreement:.1f} %")
+            print(
+                f"{fmt:>22}: KL {d.mean_kl:.3e} ± {d.stderr:.1e} nats, top-1 agreement {100 * d.top1_agreement:.1f} %"
+            )
     print(json.dumps({"shape": args.shape, "results": results}))
 
 

@@ -81,7 +81,9 @@ def their_logits(interpreter: Path, folder: Path, bits: str, tokens: list[int], 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--file", type=Path, required=True)
-    p.add_argument("--model", default="lab-8m", help="an embedded model, or a Hugging Face folder of one safetensors file")
+    p.add_argument(
+        "--model", default="lab-8m", help="an embedded model, or a Hugging Face folder of one safetensors file"
+    )
     p.add_argument("--tokens", type=int, default=8000)
     p.add_argument("--context", type=int, default=1024)
     p.add_argument("--env-dir", type=Path, default=Path.home() / ".cache" / "paceline-peers")
@@ -104,7 +106,11 @@ def main() -> None:
             add(f"llama.cpp {kind}", their_logits(interpreter, folder, bits, tokens, a.context))
     else:
         print("llama.cpp: not installed here; run benchmarks/peers.py --install --peers llama.cpp")
-    print(json.dumps({"benchmark": "quality", "model": a.model, "tokens": len(tokens), "context": a.context, "results": results}))
+    print(
+        json.dumps(
+            {"benchmark": "quality", "model": a.model, "tokens": len(tokens), "context": a.context, "results": results}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -70,8 +70,8 @@ nb::tuple logprobs(Device& d, const In<float, 2>& logits, const In<int64_t, 1>& 
 void move(Device& d, const Any& pool, const In<int64_t, 1>& src, const In<int64_t, 1>& dst) {
   if (!d.kernels.move) fail("kernel 'move' is not in this build");
   if (pool.ndim() != 4 || src.shape(0) != dst.shape(0)) fail("move: pool is (n_pages, n_heads, page_size, dim); src and dst are equally long");
-  const Dtype dtype = pool.itemsize() == 4 ? Dtype::f32 : Dtype::bf16;  // only the width matters
-  if (pool.itemsize() != 4 && pool.itemsize() != 2) fail("move: pool items must be 2 or 4 bytes wide");
+  const Dtype dtype = pool.itemsize() == 4 ? Dtype::f32 : pool.itemsize() == 2 ? Dtype::bf16 : Dtype::i8;  // only the width matters
+  if (pool.itemsize() != 4 && pool.itemsize() != 2 && pool.itemsize() != 1) fail("move: pool items must be 1, 2 or 4 bytes wide");
   const auto dim = [&](size_t i) { return static_cast<int64_t>(pool.shape(i)); };
   const int64_t n_slots = dim(0) * dim(2), n = static_cast<int64_t>(src.shape(0));
   for (const auto* a : {&src, &dst})

@@ -17,13 +17,17 @@ struct Pools {
 
 Dtype pool_dtype(const Any& a, const std::string& name) {
   const Dtype d = dtype_named(name);
+  if (d != Dtype::f32 && d != Dtype::f16 && d != Dtype::bf16 && d != Dtype::i8) fail("pool: entries of " + name + " are unknown");
   if (a.itemsize() != size_of(d)) fail("pool: the array's items are not " + name);
   return d;
 }
 
+// int8: the last four items of an entry are the bytes of its scale.
+int64_t items_of(const Pools& p) { return p.dtype == Dtype::i8 ? p.dim + 4 : p.dim; }
+
 void* pool_data(const Pools& p, const Any& a, size_t n_heads) {
   if (a.ndim() != 4 || static_cast<int64_t>(a.shape(0)) != p.n_pages || a.shape(1) != n_heads ||
-      static_cast<int64_t>(a.shape(2)) != p.page_size || static_cast<int64_t>(a.shape(3)) != p.dim)
+      static_cast<int64_t>(a.shape(2)) != p.page_size || static_cast<int64_t>(a.shape(3)) != items_of(p))
     fail("pool: every layer's pool must have shape (n_pages, n_heads, page_size, dim)");
   return a.data();
 }
@@ -35,6 +39,7 @@ void init_pools(Pools* self, const std::vector<Any>& k, const std::vector<Any>& 
   self->page_size = static_cast<int32_t>(k[0].shape(2));
   self->dim = static_cast<int32_t>(k[0].shape(3));
   self->dtype = pool_dtype(k[0], dtype);
+  if (self->dtype == Dtype::i8 && (self->dim -= 4) < 1) fail("pool: int8 entries are dim codes and four bytes of scale");
   for (const Any& a : k) self->k.push_back(pool_data(*self, a, heads.size()));
   for (const Any& a : v) self->v.push_back(pool_data(*self, a, heads.size()));
   self->heads = std::move(heads);

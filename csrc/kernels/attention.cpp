@@ -27,6 +27,7 @@
 // 1024 indices (a chunk) and chunks are merged in order, whether one thread does them or many: a unit much longer than the others has
 // one task per chunk.
 #include "attention_plan.h"
+#include "rows.h"
 
 namespace paceline {
 namespace PL_ISA {
@@ -36,7 +37,21 @@ constexpr int64_t kSmall = 1 << 19;  // work (see each_unit) that is not worth w
 
 // ---- pools ----
 
+// Codes in [-127, 127], then their scale: the largest magnitude / 127, or 1 for zeros.
+void store_codes(int8_t* to, const float* x, int64_t n) {
+  const float top = largest(x, n), scale = top == 0.0f ? 1.0f : top / 127.0f;
+  const V inverse = vset(1.0f / scale);
+  for (int64_t i = 0; i < n; i += 16) {
+    const int64_t m = min_of<int64_t>(16, n - i);
+    float y[16];
+    vstore(y, vround(vmul(vload(x + i, m), inverse)));
+    for (int64_t l = 0; l < m; ++l) to[i + l] = static_cast<int8_t>(y[l] >= -127.0f && y[l] <= 127.0f ? y[l] : 0.0f);  // NaN: the scale is NaN
+  }
+  memcpy(to + n, &scale, 4);
+}
+
 void store_row(Dtype t, void* to, const float* x, int64_t n) {
+  if (t == Dtype::i8) return store_codes(static_cast<int8_t*>(to), x, n);
   if (t == Dtype::f32) {
     memcpy(to, x, static_cast<size_t>(n) * 4);
     return;
@@ -58,7 +73,7 @@ void kv_write(const Ctx& c, const AttentionArgs& a, const GroupStep& g, int32_t 
     for (int64_t r = task * step; r < min_of(c.n_rows, (task + 1) * step); ++r) {
       const int64_t page = g.slots[r] / g.page_size, offset = g.slots[r] % g.page_size;
       for (int32_t h = 0; h < g.n_heads; ++h) {
-        const size_t to = static_cast<size_t>(((page * g.n_heads + h) * g.page_size + offset) * g.dim) * width(g.dtype);
+        const int64_t to = ((page * g.n_heads + h) * g.page_size + offset) * entry_bytes(g.dtype, g.dim);
         const int64_t from = int64_t{g.heads[h]} * g.dim;
         store_row(g.dtype, static_cast<char*>(g.k[at]) + to, a.k.row(r) + from, g.dim);
         store_row(g.dtype, static_cast<char*>(g.v[at]) + to, a.v.row(r) + from, g.dim);
@@ -107,6 +122,7 @@ void attend(const Job& j, const Unit& u, int thread) {
 #if PL_AMX
   const Tiles tiles(u.n_rows * j.n_query);
 #endif
+  if (j.step.groups[u.group].dtype == Dtype::i8) return attend<Dtype::i8>(j, u, thread);
   attend<Dtype::bf16>(j, u, thread);
 }
 
@@ -115,7 +131,8 @@ void join(const Job& j, const Unit& u, int thread) {  // the parts of one unit, 
   const int64_t pairs = u.n_heads * u.n_rows * j.n_query;
   clear(total, pairs, j.wide);
   for (int64_t c = 0; c < u.n_chunks; ++c) merge(total, j.state(j.parts + (u.part + c) * j.state_floats), pairs, j.wide);
-  if (j.step.groups[u.group].dtype == Dtype::bf16) store_out<typename ItemOf<Dtype::bf16>::Type>(j, u, total);
+  const Dtype dtype = j.step.groups[u.group].dtype;
+  if (dtype == Dtype::bf16 || dtype == Dtype::i8) store_out<typename ItemOf<Dtype::bf16>::Type>(j, u, total);
   else store_out<float>(j, u, total);
 }
 

@@ -15,6 +15,7 @@ namespace {
 template <Dtype D> struct ItemOf { using Type = float; };
 #if PL_BF16
 template <> struct ItemOf<Dtype::bf16> { using Type = Pair; };
+template <> struct ItemOf<Dtype::i8> { using Type = Pair; };
 #endif
 
 // Dimensions of a query row as items: the stride, and how many the product goes through. Tiles take 16 pairs at a time.
@@ -28,7 +29,18 @@ template <class T> PL_INLINE Groups groups_of(uint64_t seen) {
   return {__builtin_ctzll(seen) / (16 * span) * span, (63 - __builtin_clzll(seen)) / (16 * span) * span + span};
 }
 
-PL_INLINE V load_lanes(Dtype t, const void* p, int64_t i, int64_t n) {  // n <= 16 items from item i on
+PL_INLINE float scale_of(const void* row, int64_t dim) {  // of an entry of codes
+  float s;
+  memcpy(&s, static_cast<const int8_t*>(row) + dim, 4);
+  return s;
+}
+
+PL_INLINE V load_lanes(Dtype t, const void* p, int64_t i, int64_t n, int64_t dim) {  // n <= 16 items from item i on
+  if (t == Dtype::i8) {
+    float x[16] = {};
+    for (int64_t l = 0; l < n; ++l) x[l] = static_cast<const int8_t*>(p)[i + l];
+    return vmul(vload(x), vset(scale_of(p, dim)));
+  }
   if (t == Dtype::f32) return n == 16 ? vload(static_cast<const float*>(p) + i) : vload(static_cast<const float*>(p) + i, n);
   const uint16_t* u = static_cast<const uint16_t*>(p) + i;
   if (t == Dtype::f16) return n == 16 ? vload_f16(u) : vload_f16(u, n);
@@ -39,7 +51,7 @@ PL_INLINE V load_lanes(Dtype t, const void* p, int64_t i, int64_t n) {  // n <= 
 
 // Sixteen keys as columns of kt. Two 16-bit items travel as one lane through the transposition.
 template <Dtype D> void transpose_keys(const void* const* key, int64_t dim, float* kt) {
-  constexpr bool paired = D != Dtype::f32;
+  constexpr bool paired = D == Dtype::f16 || D == Dtype::bf16;
   const int64_t whole = paired ? dim / 2 * 2 : dim, step = paired ? 32 : 16;
   for (int64_t d = 0; d < whole; d += step) {
     V r[16];
@@ -47,7 +59,7 @@ template <Dtype D> void transpose_keys(const void* const* key, int64_t dim, floa
     for (int i = 0; i < 16; ++i) {
       const uint16_t* u = static_cast<const uint16_t*>(key[i]) + d;
       if (paired) r[i] = n == step ? vload_pairs(u) : vload_pairs(u, n / 2);
-      else r[i] = load_lanes(D, key[i], d, n);
+      else r[i] = load_lanes(D, key[i], d, n, dim);
     }
     transpose16(r);
     float* out = kt + d * kBlock;
@@ -69,7 +81,7 @@ template <Dtype D> void transpose_keys(const void* const* key, int64_t dim, floa
 
 // A row of v, zeros up to a multiple of 16.
 template <Dtype D> PL_INLINE void load_values(const void* const* row, int64_t dim, float* out) {
-  for (int64_t d = 0; d < dim; d += 16) vstore(out + d, load_lanes(D, row[0], d, min_of<int64_t>(16, dim - d)));
+  for (int64_t d = 0; d < dim; d += 16) vstore(out + d, load_lanes(D, row[0], d, min_of<int64_t>(16, dim - d), dim));
 }
 
 PL_INLINE void load_query(const float* from, float scale, int64_t dim, float* to) {
@@ -82,6 +94,17 @@ PL_INLINE void out_order(const float*, float*, int64_t) {}
 // ---- pairs ----
 
 #if PL_BF16
+// An entry of codes as bfloat16.
+PL_INLINE void unpack_codes(const void* row, int64_t dim, uint16_t* out) {
+  const __m512 scale = _mm512_set1_ps(scale_of(row, dim));
+  const auto* p = static_cast<const int8_t*>(row);
+  for (int64_t d = 0; d < dim; d += 16) {
+    const __m128i codes = dim - d >= 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + d)) : _mm_maskz_loadu_epi8(vmask(dim - d), p + d);
+    const __m256bh y = _mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)), scale));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + d), reinterpret_cast<__m256i>(y));
+  }
+}
+
 template <Dtype D> void transpose_keys(const void* const* key, int64_t dim, Pair* kt) {
   const int64_t whole = dim / 2;
   for (int64_t d = 0; d < whole; d += 16) {
@@ -148,27 +171,39 @@ PL_INLINE void pad(const Pair*, int64_t dim, Pair* kt) {  // what tiles multiply
 
 // ---- both ----
 
+// Rows [i] for products of pairs: codes are unpacked to `stage` (n rows of whole 16 dimensions), others stay where they are.
+template <Dtype D, class T> PL_INLINE void stage_rows([[maybe_unused]] const void** row, [[maybe_unused]] int64_t n, [[maybe_unused]] int64_t dim, [[maybe_unused]] float* stage) {
+#if PL_BF16
+  if constexpr (D == Dtype::i8) {
+    auto* to = reinterpret_cast<uint16_t*>(stage);
+    for (int64_t i = 0; i < n; ++i, to += round_up(dim, 16)) unpack_codes(row[i], dim, to), row[i] = to;
+  }
+#endif
+}
+
 // The groups of a block that hold the keys `seen`, at byte offsets `offset`; `zero`: a row of zeros. Keys outside `seen` hold anything.
 template <Dtype D, class T>
-void load_keys(const Entries& e, const int64_t* offset, uint64_t seen, int64_t dim, const void* zero, T* kt, Ahead& ahead) {
+void load_keys(const Entries& e, const int64_t* offset, uint64_t seen, int64_t dim, const void* zero, float* stage, T* kt, Ahead& ahead) {
   const Groups g = groups_of<T>(seen);
   for (int t = g.begin; t < g.end; ++t) {
     const void* key[16];
     ahead.until(Ahead::kLoaded * t / 4);
     for (int i = 0; i < 16; ++i) key[i] = seen >> (16 * t + i) & 1 && offset[16 * t + i] >= 0 ? e.k + offset[16 * t + i] : zero;
+    stage_rows<D, T>(key, 16, dim, stage);
     transpose_keys<D>(key, dim, kt + 16 * t);
   }
 }
 
 template <Dtype D, class T>
-void load_all_values(const Entries& e, const int64_t* offset, uint64_t seen, const Groups& g, int64_t dim, int64_t wide, const void* zero, T* v,
-                     Ahead& ahead) {
+void load_all_values(const Entries& e, const int64_t* offset, uint64_t seen, const Groups& g, int64_t dim, int64_t wide, const void* zero, float* stage,
+                     T* v, Ahead& ahead) {
   for (int i = 16 * g.begin; i < 16 * g.end; i += Items<T>::n) {
     const void* row[Items<T>::n];
     ahead.until(Ahead::kLoaded * i / kBlock);
     for (int l = 0; l < Items<T>::n; ++l) {
       row[l] = seen >> (i + l) & 1 && offset[i + l] >= 0 ? e.v + offset[i + l] : zero;
     }
+    stage_rows<D, T>(row, Items<T>::n, dim, stage);
     load_values<D>(row, dim, v + i / Items<T>::n * wide);
   }
 }

@@ -30,7 +30,7 @@ template <class T> constexpr int64_t panel_rows() { return PL_AMX && Items<T>::n
 // Of one thread; sized for floats and for pairs.
 struct Scratch {
   float *q, *kt, *v, *s, *w, *zero, *edge;
-  float *qt, *stage, *st;  // few pairs on tiles: queries as columns, keys from several places, scores by key
+  float *qt, *stage, *st;  // few pairs on tiles: queries as columns, keys from several places or of codes, scores by key
   State chunk, total;
   int64_t pairs;  // of a head
   bool alone;     // one head: the rows behind its pairs, up to a multiple of 16, are nobody's
@@ -40,14 +40,14 @@ struct Scratch {
 template <class F> void each_part(const Job& j, Scratch& s, F f) {
   const int64_t panel = PL_AMX ? kTilePanel : kRows, dim = round_up(j.a.dim, 32);
   f(&s.q, (j.max_pairs + panel) * dim);  // tiles read whole row blocks
-  f(&s.kt, dim * kBlock);
-  f(&s.v, kBlock * j.wide);
-  f(&s.s, panel * kBlock);
+  f(&s.kt, 2 * dim * kBlock);  // twice: of a head and the next
+  f(&s.v, 2 * kBlock * j.wide);
+  f(&s.s, 2 * panel * kBlock);
   f(&s.w, (min_of(j.max_pairs, kPairs) + panel) * kBlock);
   f(&s.zero, dim);
   f(&s.edge, PL_AMX ? 16 * max_of(j.wide, kBlock) : 0);
   f(&s.qt, PL_AMX ? 8 * dim * j.max_heads : 0);
-  f(&s.stage, PL_AMX ? 4 * 8 * dim : 0);
+  f(&s.stage, PL_BF16 ? 4 * 8 * dim : 0);
   f(&s.st, PL_AMX ? 16 * kBlock : 0);
   f(&s.chunk.acc, j.state_floats);
   f(&s.total.acc, j.state_floats);
@@ -95,26 +95,28 @@ void turn_queries(int64_t pairs, int64_t dim, const Pair* q, Pair* qt) {
 }
 
 // Sixteen keys where they lie side by side and fill whole steps, else copied to `stage`, with zeros for what is missing.
-KeyRows key_rows(const Entries& e, const int64_t* offset, int64_t dim, Pair* stage) {
-  bool together = dim % 32 == 0 && offset[0] >= 0;
+template <Dtype D> KeyRows key_rows(const Entries& e, const int64_t* offset, int64_t dim, Pair* stage) {
+  bool together = D == Dtype::bf16 && dim % 32 == 0 && offset[0] >= 0;
   for (int i = 1; i < 16; ++i) together &= offset[i] - offset[0] == i * e.row_bytes;
   if (together) return {e.k + offset[0], e.row_bytes};
   const int64_t stride = query_stride<Pair>(dim);
   for (int i = 0; i < 16; ++i) {
     memset(stage + i * stride, 0, static_cast<size_t>(stride) * 4);
-    if (offset[i] >= 0) memcpy(stage + i * stride, e.k + offset[i], static_cast<size_t>(e.row_bytes));
+    if (offset[i] < 0) continue;
+    if (D == Dtype::i8) unpack_codes(e.k + offset[i], dim, reinterpret_cast<uint16_t*>(stage + i * stride));
+    else memcpy(stage + i * stride, e.k + offset[i], static_cast<size_t>(e.row_bytes));
   }
   publish(stage);
   return {reinterpret_cast<const char*>(stage), stride * 4};
 }
 
 // Scores of all the unit's pairs at a block's keys, (pairs, 64).
-void scores_by_rows(const Job& j, const Entries& e, const int64_t* offset, uint64_t seen, const Scratch& s, Ahead& ahead) {
+template <Dtype D> void scores_by_rows(const Job& j, const Entries& e, const int64_t* offset, uint64_t seen, const Scratch& s, Ahead& ahead) {
   const Groups g = groups_of<Pair>(seen);
   KeyRows keys[4];
   const int64_t stride = query_stride<Pair>(j.a.dim);
   for (int t = g.begin; t < g.end; ++t) {
-    keys[t] = key_rows(e, offset + 16 * t, j.a.dim, reinterpret_cast<Pair*>(s.stage) + t * 16 * stride);
+    keys[t] = key_rows<D>(e, offset + 16 * t, j.a.dim, reinterpret_cast<Pair*>(s.stage) + t * 16 * stride);
   }
   tile_scores(keys, g.begin, g.end, reinterpret_cast<const Pair*>(s.qt), stride / 16, s.st, ahead);
   for (int t = g.begin; t < g.end; ++t) {
@@ -170,9 +172,9 @@ template <Dtype D> void load_keys(const Job& j, const Entries& e, const View& vi
   using T = typename ItemOf<D>::Type;
 #if PL_AMX
   if constexpr (Items<T>::n == 2)
-    if (by_rows<T>(s)) return scores_by_rows(j, e, view.offset, view.seen, s, ahead);
+    if (by_rows<T>(s)) return scores_by_rows<D>(j, e, view.offset, view.seen, s, ahead);
 #endif
-  load_keys<D>(e, view.offset, view.seen, j.a.dim, s.zero, reinterpret_cast<T*>(s.kt), ahead);
+  load_keys<D>(e, view.offset, view.seen, j.a.dim, s.zero, s.stage, reinterpret_cast<T*>(s.kt), ahead);
 }
 
 template <class T> PL_INLINE T* weights_of(const Scratch& s, int64_t p) { return reinterpret_cast<T*>(s.w) + p * (kBlock / Items<T>::n); }
@@ -201,7 +203,7 @@ template <Dtype D> bool load_values(const Job& j, const Entries& e, const View& 
   using T = typename ItemOf<D>::Type;
   const Groups g = groups_of<T>(view.seen);
   T* v = reinterpret_cast<T*>(s.v);
-  load_all_values<D>(e, view.offset, seen, g, j.a.dim, j.wide, s.zero, v, ahead);
+  load_all_values<D>(e, view.offset, seen, g, j.a.dim, j.wide, s.zero, s.stage, v, ahead);
   const int64_t per_group = 16 / Items<T>::n * j.wide;
   return seen == view.by_all || all_finite(v + per_group * g.begin, per_group * (g.end - g.begin));
 }
@@ -252,9 +254,10 @@ template <class T> void store_out(const Job& j, const Unit& u, const State& s) {
   }
 }
 
-// The part of the scratch that is a head's own: its queries, weights and state.
+// The part of the scratch that is a head's own: its queries, weights and state, and for a while keys, values and scores.
 template <class T> Scratch of_head(const Job& j, Scratch s, int64_t head) {
   const int64_t p = head * s.pairs, floats = Items<T>::n == 2 ? 2 : 1;
+  if (head % 2) s.kt += round_up(j.a.dim, 32) * kBlock, s.v += kBlock * j.wide, s.s += (PL_AMX ? kTilePanel : kRows) * kBlock;
   s.q += p * query_stride<T>(j.a.dim);
   s.w += p * kBlock / floats;
   s.qt += head * 8 * round_up(j.a.dim, 32);
@@ -271,21 +274,29 @@ struct Order {
   Ahead next_keys() const { return {first.k, next, n_heads, first.head_bytes, first.row_bytes}; }
 };
 
-// All heads of a unit over one view of a block: first all keys, then all values, each in the order of memory.
+// All heads of a unit over one view of a block: first all keys, then all values, each in the order of memory. A head's are loaded before
+// those of the head before it are multiplied: what was just stored cannot be read as a tile until all before it has retired.
 template <Dtype D> void heads(const Job& j, const Order& order, const View& view, const Scratch& s) {
   using T = typename ItemOf<D>::Type;
+  const int32_t n = order.n_heads;
   Entries e = order.first;
-  Ahead ahead = order.values(), next = order.next_keys();
-  for (int32_t h = 0; h < order.n_heads; ++h, e.k += e.head_bytes, ahead.next_head()) {
+  Ahead none(nullptr, nullptr, 0, 0, 0), ahead = order.values(), next = order.next_keys();
+  load_keys<D>(j, e, view, of_head<T>(j, s, 0), none);
+  for (int32_t h = 0; h < n; ++h, ahead.next_head()) {
+    e.k += e.head_bytes;
+    if (h + 1 < n) load_keys<D>(j, e, view, of_head<T>(j, s, h + 1), ahead);
     const Scratch own = of_head<T>(j, s, h);
-    load_keys<D>(j, e, view, own, ahead);
     each_panel<T>(j, view, view.begin, view.end, [&](const Panel<T>& p) { weigh_panel(j, view, p, own, weights_of<T>(own, p.p), ahead); });
   }
-  for (int32_t h = 0; h < order.n_heads; ++h, e.v += e.head_bytes, next.next_head()) {
+  bool together = load_values<D>(j, e, view, view.seen, of_head<T>(j, s, 0), none);
+  for (int32_t h = 0; h < n; ++h, next.next_head()) {
     const Scratch own = of_head<T>(j, s, h);
-    if (load_values<D>(j, e, view, view.seen, own, next))
-      each_panel<T>(j, view, view.begin, view.end, [&](const Panel<T>& p) { add_panel(j, p, own, weights_of<T>(own, p.p), next); });
-    else add_rows<D>(j, e, view, own, next);
+    const Entries here = e;
+    const bool now = together;
+    e.v += e.head_bytes;
+    if (h + 1 < n) together = load_values<D>(j, e, view, view.seen, of_head<T>(j, s, h + 1), next);
+    if (now) each_panel<T>(j, view, view.begin, view.end, [&](const Panel<T>& p) { add_panel(j, p, own, weights_of<T>(own, p.p), next); });
+    else add_rows<D>(j, here, view, own, next);
   }
 }
 
@@ -340,7 +351,7 @@ template <class T> void prepare(const Job& j, const Unit& u, const Scratch& s) {
     if (by_rows<T>(s)) turn_queries(s.pairs, j.a.dim, reinterpret_cast<const Pair*>(own.q), reinterpret_cast<Pair*>(own.qt));
 #endif
   }
-  pad(reinterpret_cast<T*>(s.q), j.a.dim, reinterpret_cast<T*>(s.kt));
+  for (int32_t h = 0; h < 2; ++h) pad(reinterpret_cast<T*>(s.q), j.a.dim, reinterpret_cast<T*>(of_head<T>(j, s, h).kt));
 }
 
 }  // namespace

@@ -8,7 +8,8 @@ namespace {
 
 constexpr int64_t kBlock = 64, kChunk = 1024;
 
-PL_INLINE size_t width(Dtype t) { return t == Dtype::f32 ? 4 : 2; }
+// An entry in a pool: its numbers, or for int8 codes and behind them their float32 scale.
+PL_INLINE int64_t entry_bytes(Dtype t, int64_t dim) { return t == Dtype::i8 ? dim + 4 : t == Dtype::f32 ? 4 * dim : 2 * dim; }
 
 struct Unit {
   int32_t group, at, seq;
@@ -60,7 +61,7 @@ struct Entries {
 
   Entries(const GroupStep& g, const Unit& u)
       : table(g.tables + u.seq * g.max_pages), n(g.max_pages * g.page_size), page_size(g.page_size), dtype(g.dtype) {
-    row_bytes = g.dim * static_cast<int64_t>(width(g.dtype));
+    row_bytes = entry_bytes(g.dtype, g.dim);
     head_bytes = page_size * row_bytes;
     stride = g.n_heads * head_bytes;
     k = static_cast<const char*>(g.k[u.at]) + u.head * head_bytes;

@@ -6,17 +6,6 @@ namespace paceline {
 namespace PL_ISA {
 namespace {
 
-// The largest |x| of n floats; NaN where one is NaN (integer order of the magnitudes puts NaN above infinity).
-PL_INLINE float largest(const float* x, int64_t n) {
-  V m = vzero(), bad = vzero();
-  for (int64_t i = 0; i < n; i += 16) {
-    const V v = n - i < 16 ? vload(x + i, n - i) : vload(x + i);
-    m = vmax(m, vabs(v));
-    bad = vfma(v, vzero(), bad);  // NaN for NaN and infinity
-  }
-  return vsum(bad) == 0.0f ? vhmax(m) : __builtin_nanf("");
-}
-
 // Sixteen codes to q, and as int32 lanes.
 PL_INLINE I quantise16(V v, int8_t* q) {
 #if PL_AVX512

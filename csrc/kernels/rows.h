@@ -17,6 +17,17 @@ template <class F> PL_INLINE void map(const float* x, float* out, int64_t n, F f
 
 PL_INLINE V load_to(const float* p, int64_t i, int64_t n) { return n - i >= 16 ? vload(p + i) : vload(p + i, n - i); }
 
+// The largest |x| of n floats; NaN where one is NaN (integer order of the magnitudes puts NaN above infinity).
+PL_INLINE float largest(const float* x, int64_t n) {
+  V m = vzero(), bad = vzero();
+  for (int64_t i = 0; i < n; i += 16) {
+    const V v = n - i < 16 ? vload(x + i, n - i) : vload(x + i);
+    m = vmax(m, vabs(v));
+    bad = vfma(v, vzero(), bad);  // NaN for NaN and infinity
+  }
+  return vsum(bad) == 0.0f ? vhmax(m) : __builtin_nanf("");
+}
+
 // Sum of f(x) over a row; f(0) must be 0 or `i` and `n` used to exclude what lies beyond.
 template <class F> PL_INLINE float reduce(const float* x, int64_t n, F f) {
   V s[4] = {vzero(), vzero(), vzero(), vzero()};

@@ -17,14 +17,14 @@ struct Shape {
   Dtype dtype;
 };
 
-size_t item_size(Dtype t) { return t == Dtype::f32 ? 4 : 2; }
+size_t entry_bytes(Dtype t, size_t dim) { return t == Dtype::i8 ? dim + 4 : dim * (t == Dtype::f32 ? 4 : 2); }
 
 struct Problem {
   Shape s;
   std::vector<int32_t> cu, lens, tables, heads;
   std::vector<int64_t> slots;
   std::vector<float> q, k, v, out;
-  std::vector<uint16_t> pool_k, pool_v;  // as items of 2 bytes, whatever the type
+  std::vector<uint8_t> pool_k, pool_v;
   int64_t max_pages = 0, n_pages = 0;
 };
 
@@ -56,8 +56,8 @@ Problem make(Random& random, const Shape& s, const std::vector<int32_t>& lens) {
   };
   fill(p.q, s.n_heads), fill(p.k, s.n_kv), fill(p.v, s.n_kv);
   p.out.resize(p.q.size());
-  const size_t items = static_cast<size_t>(p.n_pages * s.n_kv * s.page_size * s.dim) * item_size(s.dtype) / 2;
-  p.pool_k.assign(items, 0xffff), p.pool_v.assign(items, 0xffff);  // NaN in all three types
+  const size_t bytes = static_cast<size_t>(p.n_pages * s.n_kv * s.page_size) * entry_bytes(s.dtype, static_cast<size_t>(s.dim));
+  p.pool_k.assign(bytes, 0xff), p.pool_v.assign(bytes, 0xff);  // NaN in all types; of codes the scale is
   return p;
 }
 
@@ -83,7 +83,7 @@ bool on_pairs(const Kernels& kernels, Dtype t) {
   for (const Isa& isa : instruction_sets()) {
     Kernels k;
     isa.fill(k);
-    if (k.attention == kernels.attention) return t == Dtype::bf16 && (!strcmp(isa.name, "avx512_bf16") || !strncmp(isa.name, "amx", 3));
+    if (k.attention == kernels.attention) return (t == Dtype::bf16 || t == Dtype::i8) && (!strcmp(isa.name, "avx512_bf16") || !strncmp(isa.name, "amx", 3));
   }
   return false;
 }
@@ -94,6 +94,19 @@ double to_bf16(float f) {  // nearest even
   u = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u;
   memcpy(&f, &u, 4);
   return static_cast<double>(f);
+}
+
+// Keys or values as a pool of codes holds them, and as pairs are multiplied.
+void as_stored(std::vector<float>& a, size_t dim, bool pairs) {
+  for (size_t at = 0; at < a.size(); at += dim) {
+    float top = 0;
+    for (size_t d = at; d < at + dim; ++d) top = fmaxf(top, fabsf(a[d]));
+    const float scale = top == 0 ? 1 : top / 127, inverse = 1 / scale;
+    for (size_t d = at; d < at + dim; ++d) {
+      a[d] = scale * rintf(a[d] * inverse);
+      if (pairs) a[d] = static_cast<float>(to_bf16(a[d]));
+    }
+  }
 }
 
 // Largest difference from the definition beyond what rounding may cause: 1e-5, and for pairs the weighted mean distance of the values
@@ -140,11 +153,15 @@ void test_attention(const Kernels& kernels, Pool* pool, Workspace* ws) {
   const Shape shapes[] = {{4, 2, 8, 1, 0, 0, Dtype::f32},     {3, 3, 7, 3, 0, 0, Dtype::bf16},    {6, 2, 40, 16, 9, 0, Dtype::f16},
                           {5, 1, 80, 32, 0, 3, Dtype::bf16},  {2, 1, 33, 5, 70, 0, Dtype::f32},   {9, 3, 64, 64, 0, 0, Dtype::f16},
                           {9, 3, 64, 64, 0, 0, Dtype::bf16},  {8, 1, 16, 1, 33, 0, Dtype::bf16},  {7, 1, 33, 5, 70, 2, Dtype::bf16},
-                          {4, 2, 128, 16, 0, 0, Dtype::bf16}, {2, 1, 255, 64, 0, 0, Dtype::bf16}, {40, 1, 48, 7, 65, 0, Dtype::bf16}};
+                          {4, 2, 128, 16, 0, 0, Dtype::bf16}, {2, 1, 255, 64, 0, 0, Dtype::bf16}, {40, 1, 48, 7, 65, 0, Dtype::bf16},
+                          {4, 2, 64, 16, 0, 0, Dtype::i8},    {3, 3, 7, 3, 0, 0, Dtype::i8},      {40, 1, 33, 5, 70, 2, Dtype::i8}};
   for (const Shape& s : shapes) {
     Problem p = make(random, s, {1, 17, 130, 64, 2});
     run(kernels, pool, ws, p);
-    const double error = worst(p, on_pairs(kernels, s.dtype));
+    const bool pairs = on_pairs(kernels, s.dtype);
+    if (s.dtype == Dtype::i8)
+      for (auto* a : {&p.k, &p.v}) as_stored(*a, static_cast<size_t>(s.dim), pairs);
+    const double error = worst(p, pairs);
     CHECK(error <= 0, "dim %d, dtype %d: off by %g more than allowed", s.dim, static_cast<int>(s.dtype), error);
   }
 }

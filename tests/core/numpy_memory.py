@@ -7,7 +7,7 @@ import numpy as np
 
 from paceline.core.kvcache import KVCache, SeqKV
 
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
 
 
 class NumpyMemory:
@@ -18,7 +18,7 @@ class NumpyMemory:
         self.n_moves = 0
 
     def empty(self, shape, dtype):
-        return np.full(shape, np.nan, DTYPES[dtype])
+        return np.full(shape, -1 if dtype == "int8" else np.nan, DTYPES[dtype])
 
     def move(self, pool, src, dst):
         assert src.dtype == np.int64

@@ -332,7 +332,7 @@ def test_tables_are_ragged_and_padded():
     assert cache.tables([], 0)[0].shape == (0, 1)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_views_are_read_only_floats_of_every_dtype(dtype):
     cache = small(dtype=dtype)
     kv = cache.new()
@@ -342,8 +342,9 @@ def test_views_are_read_only_floats_of_every_dtype(dtype):
     assert cache.put(kv, 0, [0, 1, 2], [k], [-k])
     seen = cache.view(kv, 0, 0)
     assert [a.dtype for a in seen] == [np.float32, np.float32, np.int32]
-    np.testing.assert_array_equal(seen[0], k)
-    np.testing.assert_array_equal(seen[1], -k)
+    limit = np.abs(k).max() / 254 if dtype == "int8" else 0
+    np.testing.assert_allclose(seen[0], k, rtol=0, atol=limit)
+    np.testing.assert_allclose(seen[1], -k, rtol=0, atol=limit)
     for a in seen:
         with pytest.raises(ValueError, match="read-only"):
             a[0] = 0
@@ -365,6 +366,7 @@ def test_groups_follow_specs_and_splits():
     assert [(g.layers, g.heads) for g in groups] == [((i,), (h,)) for i in (0, 2, 1) for h in (0, 1)]
     assert of_layer(groups) == [[0, 1], [4, 5], [2, 3]]
     assert page_bytes(make_groups(states, 16)[0], "bfloat16") == 16 * (2 * 2 * 2 * 8 * 2 + 4)
+    assert page_bytes(make_groups(states, 16)[0], "int8") == 16 * (2 * 2 * 2 * (8 + 4) + 4)
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,8 @@ def test_random_schedules_on_two_threads_give_the_bits_of_one(
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="the native core is not built")
 @pytest.mark.parametrize("format", ["bf16", "f16", "int8", "int8:group=0", "int4", "int4g:group=64,mins"])
-def test_every_format_gives_the_same_bits_with_any_threads(format: str) -> None:
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def test_every_format_gives_the_same_bits_with_any_threads(format: str, kv_dtype: str) -> None:
     """The same requests in another schedule and with one thread more."""
     requests = [
         request(f"r{i}", p, seed=i, temperature=0.7 * (i % 2), logprobs=2, max_tokens=8)
@@ -149,7 +150,7 @@ def test_every_format_gives_the_same_bits_with_any_threads(format: str) -> None:
     found = []
     for threads, chunk, max_rows in ((1, 64, 64), (2, 5, 16)):
         model = tiny_model(make_backend("native", threads), format=format)
-        outputs = run_all(tiny_engine(model, chunk=chunk, max_rows=max_rows, kv_dtype="bfloat16"), requests)
+        outputs = run_all(tiny_engine(model, chunk=chunk, max_rows=max_rows, kv_dtype=kv_dtype), requests)
         found.append([(outputs[r.id].token_ids, outputs[r.id].completions[0].logprobs) for r in requests])
     assert found[0] == found[1]
 

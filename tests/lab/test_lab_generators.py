@@ -92,9 +92,7 @@ def test_written_steps_are_right_line_by_line(op: str) -> None:
             a, b = max(a, b), min(a, b)
         *lines, last = STEPS[op](a, b).split("\n")
         for line in lines:
-            if found := re.match(
-                r"(\d) (.) (\d) (.) (\d) = (-?\d+): write (\d), (?:carry|borrow) (\d)$", line
-            ):
+            if found := re.match(r"(\d) (.) (\d) (.) (\d) = (-?\d+): write (\d), (?:carry|borrow) (\d)$", line):
                 x, first, y, second, z, total, digit, _ = found.groups()
                 assert first == op
                 assert second == ("-" if op == "-" else "+")
@@ -121,10 +119,7 @@ def test_arithmetic_items_are_right_and_three_digit(task: str) -> None:
 
 def test_no_held_out_problem_in_arithmetic_documents() -> None:
     text = "".join(document.text for document in documents("arithmetic", 8, 2000))
-    seen = {
-        (op, int(a), int(b))
-        for a, op, b in re.findall(r"(?<![\d+] )\b(\d+) ([+*-]) (\d+) = \d+(?![\d:])", text)
-    }
+    seen = {(op, int(a), int(b)) for a, op, b in re.findall(r"(?<![\d+] )\b(\d+) ([+*-]) (\d+) = \d+(?![\d:])", text)}
     assert len(seen) > 1000
     assert not [each for each in seen if held_out("arithmetic", *each)]
 

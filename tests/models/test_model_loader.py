@@ -240,7 +240,8 @@ def test_auto_keeps_the_stored_type(dtype: Any, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["auto", "f32", "float16", "bf16", "int8", "int8:group=0", "int4", "int4g:group=64,mins=1", "int4g:group=128"]
+    "text",
+    ["auto", "f32", "float16", "bf16", "int8", "int8:group=0", "int4", "int4g:group=64,mins=1", "int4g:group=128"],
 )
 def test_sizes_are_foretold_to_the_byte(text: str) -> None:
     checkpoint = random_checkpoint(ml_dtypes.bfloat16)
@@ -371,7 +372,9 @@ def test_other_formats_stay_close(text: str, backend: str) -> None:
     assert 0 < np.abs(a - b).max() < bound * np.abs(a).max()
     same_format = loaded(random_checkpoint(), FormatChoice.parse(text))
     on_tiles = text == "int8" and getattr(ops, "isa", "").startswith("amx")  # activations in bfloat16 there
-    assert np.abs(run(same_format, same_format.ops, [TOKENS]) - b).max() < (0.03 if on_tiles else 0.01) * np.abs(a).max()
+    assert (
+        np.abs(run(same_format, same_format.ops, [TOKENS]) - b).max() < (0.03 if on_tiles else 0.01) * np.abs(a).max()
+    )
 
 
 def test_routers_and_positions_stay_in_floating_point() -> None:

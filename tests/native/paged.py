@@ -9,10 +9,25 @@ from itertools import pairwise
 import ml_dtypes
 import numpy as np
 
+from paceline.core import entries
 from paceline.core.batch import Batch, GroupBatch
 from paceline.core.specs import KV, AttnSpec, KVGroup
 
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
+
+
+def blank(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Entries that are NaN; of int8 their scales are."""
+    return np.full((*shape[:-1], entries.n_items(dtype, shape[-1])), -1 if dtype == "int8" else np.nan, DTYPES[dtype])
+
+
+def stored(x: np.ndarray, dtype: str) -> np.ndarray:
+    """(..., dim) floats as a pool holds them."""
+    return entries.encode(x, dtype) if dtype == "int8" else x.astype(DTYPES[dtype])
+
+
+def read(pool: np.ndarray, dtype: str) -> np.ndarray:
+    return entries.decode(pool, dtype)
 
 
 @dataclass(frozen=True)
@@ -55,8 +70,8 @@ class Cache:
             KVGroup(i, kv, (0,), tuple(h), p) for i, (h, p) in enumerate(zip(heads, page_sizes, strict=True))
         ]
         shapes = [(-(-n_slots // g.page_size) + 64, len(g.heads), g.page_size, spec.dim) for g in self.groups]
-        self.k = [np.full(s, np.nan, DTYPES[dtype]) for s in shapes]
-        self.v = [np.full(s, np.nan, DTYPES[dtype]) for s in shapes]
+        self.k = [blank(s, dtype) for s in shapes]
+        self.v = [blank(s, dtype) for s in shapes]
         self.free = [list(self.rng.permutation(s[0])) for s in shapes]
         self.pages: list[dict[int, list[int]]] = [{} for _ in shapes]
         self.lens: dict[int, int] = {}
@@ -103,7 +118,8 @@ class Cache:
         for g in range(len(self.groups)):
             for i in range(self.lens[seq], self.lens[seq] + n):
                 page, at = divmod(self.slot(g, seq, i), self.groups[g].page_size)
-                self.k[g][page, :, at] = self.v[g][page, :, at] = np.nan
+                poison = -1 if self.k[g].dtype == np.int8 else np.nan
+                self.k[g][page, :, at] = self.v[g][page, :, at] = poison
 
 
 def exact(
@@ -114,12 +130,13 @@ def exact(
     Returns it and how far the values lie from it in the weighted mean: what relative errors of the weights are multiplied by.
     pairs: queries are first rounded as the kernels for pairs of bfloat16 do, with the factor of the scores in base 2.
     """
-    k, v = (a.astype(DTYPES[dtype]).astype(np.float64).reshape(len(t), spec.n_kv_heads, spec.dim) for a in (t.k, t.v))
+    k, v = (read(stored(a.reshape(len(t), spec.n_kv_heads, spec.dim), dtype), dtype) for a in (t.k, t.v))
     q = t.q.astype(np.float64)
     if pairs:
+        k, v = (a.astype(DTYPES["bfloat16"]) for a in (k, v))
         factor = np.float32(spec.scale / spec.softcap if spec.softcap else spec.scale * np.log2(np.e))
         q = (t.q * factor).astype(DTYPES["bfloat16"]).astype(np.float64) / factor
-    q = q.reshape(len(t), spec.n_kv_heads, -1, spec.dim)
+    k, v, q = k.astype(np.float64), v.astype(np.float64), q.reshape(len(t), spec.n_kv_heads, -1, spec.dim)
     out, spread = np.empty_like(q), np.empty_like(q)
     for r in range(len(t)) if rows is None else rows:
         at = seen(r) if seen else np.arange(max(0, r + 1 - (spec.window or r + 1)), r + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from paged import DTYPES, Cache, Text, exact, text
+from paged import DTYPES, Cache, Text, exact, read, stored, text
 
 from paceline.core.specs import AttnSpec
 
@@ -13,14 +13,14 @@ def spec(n_heads: int, n_kv: int, dim: int, window: int | None = None, softcap: 
     return AttnSpec(n_heads, n_kv, dim, dim**-0.5, window, softcap)
 
 
-PAIRS = ("avx512_bf16", "amx", "amx_emulated")  # where bfloat16 pools are multiplied by bfloat16 instructions
+PAIRS = ("avx512_bf16", "amx", "amx_emulated")  # where bfloat16 and int8 pools are multiplied by bfloat16 instructions
 
 
 def check(ops, got: np.ndarray, t: Text, s: AttnSpec, dtype: str, rows=None, seen=None) -> None:
     """Against float64. Float32 paths: 4e-6. On pairs of bfloat16 weights w are rounded, by at most u = 2^-8 each, and their sum is of
     the rounded ones, so the result is off by at most u / (1 - u) sum w |v - out| more; the same rounding of the queries is in the
     reference."""
-    pairs = dtype == "bfloat16" and ops.isa in PAIRS
+    pairs = dtype in ("bfloat16", "int8") and ops.isa in PAIRS
     want, spread = exact(t, s, dtype, rows, seen, pairs)
     limit = 4e-6 + pairs * spread * 2**-8 / (1 - 2**-8)
     over = abs(got - want) - limit
@@ -39,6 +39,9 @@ CASES = [
     (spec(2, 1, 256), 64, "bfloat16"),
     (spec(8, 1, 33, window=50), 5, "bfloat16"),  # an odd dimension, and windows that begin and end within pairs of keys
     (spec(3, 3, 7), 3, "float16"),  # an odd dimension, and pages that are no power of two
+    (spec(4, 2, 64), 16, "int8"),
+    (spec(12, 2, 33, window=70), 5, "int8"),
+    (spec(6, 1, 80, softcap=3.0), 64, "int8"),
     (spec(130, 1, 8), 16, "float32"),  # more query heads than a unit of work has pairs
 ]
 
@@ -65,11 +68,12 @@ def test_stored_rounded_to_nearest_even(ops, dtype):
     t.k[3, :6] = [1 + 2**-8, 1 + 3 * 2**-8, 1e-6, 65504, 1e-40, -0.0]  # ties in bfloat16, subnormals
     cache.step(ops, [(0, t)])
     for pool, x in ((cache.k[0], t.k), (cache.v[0], t.v)):
-        want = x.astype(DTYPES[dtype]).reshape(40, 2, 24)
+        want = stored(x.reshape(40, 2, 24), dtype)
         for i in range(40):
             page, at = divmod(cache.slot(0, 0, i), 16)
             assert pool[page, :, at].tobytes() == want[i].tobytes()
-    assert np.isnan(cache.k[0].astype(np.float32)).sum() == cache.k[0].size - t.k.size  # and nothing else was touched
+    k = read(cache.k[0], dtype)
+    assert np.isnan(k).sum() == k.size - t.k.size  # and nothing else was touched
 
 
 def walk(
@@ -138,7 +142,7 @@ def test_same_bits_on_every_instruction_set(ops, isa, dtype):
     """Of the float32 path; the bits on pairs of bfloat16 belong to the instruction."""
     from paceline.ops.native import NativeOps
 
-    if dtype == "bfloat16" and isa in PAIRS:
+    if dtype in ("bfloat16", "int8") and isa in PAIRS:
         pytest.skip("pairs of bfloat16")
     s = spec(6, 2, 24, softcap=4.0)
     t = text(3, 90, s)

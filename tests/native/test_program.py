@@ -341,7 +341,11 @@ def test_profile_counts_instructions_while_it_is_on():
     ops.sample(matrix(2, 1, VOCAB), *(np.zeros(1) for _ in range(5)))
     spent = {name: (calls, seconds) for name, calls, seconds in ops.device.profile(False)}
     assert {name: calls for name, (calls, _) in spent.items()} == {
-        f"linear {2 * FF}x{D} bf16": 3, "act": 3, "add": 3, f"linear {D}x{FF} bf16": 3, "sample": 1,
+        f"linear {2 * FF}x{D} bf16": 3,
+        "act": 3,
+        "add": 3,
+        f"linear {D}x{FF} bf16": 3,
+        "sample": 1,
     }  # fmt: skip    the norm and the last sum are fused into the linears
     assert all(seconds > 0 for _, seconds in spent.values())
     assert sum(seconds for _, seconds in spent.values()) < ops.device.busy - busy

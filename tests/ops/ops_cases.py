@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from paceline.core import entries
 from paceline.core.batch import Batch, GroupBatch
 from paceline.core.specs import KV, AttnSpec, KVGroup
 
@@ -37,7 +38,7 @@ class Paged:
             group = KVGroup(i, KV(spec.n_kv_heads, spec.dim), (0,), tuple(members), page_size)
             self.groups.append(group)
             self.tables.append(rng.permutation(n_pages)[: most * len(lens)].reshape(len(lens), most).astype(np.int32))
-            shape = (n_pages, len(group.heads), page_size, spec.dim)
+            shape = (n_pages, len(group.heads), page_size, entries.n_items(dtype, spec.dim))
             self.pools.append((ops.empty(shape, dtype), ops.empty(shape, dtype)))
 
     def batch(self, parts: Sequence[tuple[int, int, int]], masks: np.ndarray | None = None, forget: int = 0) -> Batch:

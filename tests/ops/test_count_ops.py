@@ -73,7 +73,7 @@ def test_weight_bytes_are_those_of_the_packed_model(text):
 def test_kv_bytes_and_windows():
     spec = AttnSpec(H, KVH, DIM, 1.0, window=8)
     entry = 2 * KVH * DIM
-    for kv_dtype, itemsize in (("bfloat16", 2), ("float32", 4)):
+    for kv_dtype, itemsize in (("bfloat16", 2), ("float32", 4), ("int8", 1 + 4 / DIM)):
         ops = CountOps(kv_dtype)
         batch = step([Window(KVH, DIM, 8), KV(KVH, DIM)], [4, 1], [20, 2])
         q, k = Shape(5, H * DIM), Shape(5, KVH * DIM)

@@ -60,7 +60,11 @@ def value_at(p: Packed, n: int, k: int) -> np.float32:
 def test_the_folder_is_the_registry():
     folder = Path(formats.__file__).parent
     files = {p.stem for p in folder.glob("*.py")} - {"__init__", "base"}
-    assert set(formats.names()) == {f for f in files if not f.startswith("_")} == {"f32", "f16", "bf16", "int8", "int4", "int4g"}
+    assert (
+        set(formats.names())
+        == {f for f in files if not f.startswith("_")}
+        == {"f32", "f16", "bf16", "int8", "int4", "int4g"}
+    )
     for name in formats.names():
         assert formats.get(name).name == name
 

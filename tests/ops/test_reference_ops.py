@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_cases import FORMATS, Paged, attend, causal, dense, random_qkv
 
+from paceline.core import entries
 from paceline.core.errors import ConfigError
 from paceline.core.specs import AttnSpec
 from paceline.ops import RESCORED, Experts, Rope, formats
@@ -288,14 +289,21 @@ LENS = [17, 3, 9]
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_attention_is_dense_attention(name, dtype):
     spec, qkv = SPECS[name], random_qkv(SPECS[name], LENS)
     out = attend(OPS, Paged(OPS, spec, LENS, dtype=dtype), spec, qkv, [(s, 0, n) for s, n in enumerate(LENS)])
-    stored = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
+    kinds = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+    def stored(x):
+        if dtype != "int8":
+            return x.astype(kinds[dtype])
+        heads = x.reshape(len(x), spec.n_kv_heads, spec.dim)
+        return entries.decode(entries.encode(heads, "int8"), "int8").reshape(x.shape)
+
     at = 0
     for (q, k, v), n in zip(qkv, LENS, strict=True):
-        expected = dense(spec, q, k.astype(stored), v.astype(stored), causal(n))
+        expected = dense(spec, q, stored(k), stored(v), causal(n))
         np.testing.assert_allclose(out[at : at + n], expected, rtol=0, atol=2e-6)
         at += n
 

@@ -103,7 +103,7 @@ def test_moe_on_tensors(on_torch):
     same(on_torch, on_torch.moe(t(x), t(router), experts), OPS.moe(x, router, experts))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 @pytest.mark.parametrize("name", ["gqa", "all"])
 def test_attention_on_tensors(on_torch, name, dtype):
     spec, lens = SPECS[name], [11, 4]

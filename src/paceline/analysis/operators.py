@@ -41,7 +41,7 @@ def measure_limits(device: Any) -> Limits:
 def unit_of(name: str, kv_dtype: str) -> str:
     """The arithmetic unit that an operator's products can run on."""
     if name == "attention":
-        return "bf16" if kv_dtype == "bfloat16" else "f32"
+        return "bf16" if kv_dtype in ("bfloat16", "int8") else "f32"
     form = name.rpartition(" ")[2] if name.startswith(("linear ", "rescored ")) else "f32"
     return "int8" if form.startswith("int") else "bf16" if form == "bf16" else "f32"
 

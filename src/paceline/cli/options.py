@@ -23,7 +23,11 @@ ENGINE: dict[str, tuple[Any, tuple[str, ...], str]] = {
         ("--format", "-f"),
         "Matrices: auto, int8, int4, int4g:group=64,mins, bf16, ... (see `list formats`).",
     ),
-    "kv_dtype": (str, ("--kv-dtype",), "KV cache: auto, float32, float16, bfloat16."),
+    "kv_dtype": (
+        str,
+        ("--kv-dtype",),
+        "KV cache: auto, float32, float16, bfloat16, int8 (a scale per head and token).",
+    ),
     "context": (
         int | None,
         ("--context", "-c"),

@@ -20,7 +20,7 @@ class GroupBatch:
     tables: int32 (n_seqs, max_pages)  page ids in index order; -1 where there is no page (beyond the end, or behind a window)
     lens:   int32 (n_seqs,)            entries of the sequence in this group, this step's rows included
     k, v:   one pool per layer of the group, in the order of `group.layers`:
-            (n_pages, len(group.heads), page_size, dim), float32, float16 or bfloat16 (the backend's array type)
+            (n_pages, len(group.heads), page_size, dim), float32, float16 or bfloat16 (the backend's array type); int8: `core/entries.py`
 
     Row r of sequence s has index `lens[s] - n_rows_of_s + (r - cu_rows[s])`.
     """

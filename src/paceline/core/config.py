@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from paceline.core import entries
 from paceline.core import recipe as recipes
 from paceline.core.errors import ConfigError, OutOfMemory
-from paceline.core.kvcache import DTYPES
 from paceline.core.scheduler import Limits
 from paceline.core.specs import StateSpec
 from paceline.core.technique import Technique, conflicts, make, parse_use
@@ -65,9 +65,9 @@ class EngineConfig:
         bounded("max_seqs", 1, 4096)
         bounded("chunk", 1, 1 << 16)
         bounded("threads", 1, 1024)
-        for name in ("dtype", "kv_dtype"):
-            if getattr(self, name) not in ("auto", *DTYPES):
-                out.append(f"{name} = {getattr(self, name)!r}: must be auto, {', '.join(DTYPES)}")
+        for name, known in (("dtype", tuple(entries.FLOATS)), ("kv_dtype", entries.KINDS)):
+            if getattr(self, name) not in ("auto", *known):
+                out.append(f"{name} = {getattr(self, name)!r}: must be auto, {', '.join(known)}")
         if self.backend not in ("auto", "native", "reference", "torch"):
             out.append(f"backend = {self.backend!r}: must be auto, native, reference or torch")
         return out
@@ -162,7 +162,7 @@ def activation_bytes(model: ModelFacts, limits: Limits) -> int:
 
 
 def kv_bytes_per_token(states: Sequence[StateSpec], dtype: str) -> int:
-    return sum(2 * s.heads * s.dim * DTYPES[dtype] for s in states)
+    return sum(2 * s.heads * entries.n_bytes(dtype, s.dim) for s in states)
 
 
 def resolve(

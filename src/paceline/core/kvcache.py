@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from paceline.core import entries
 from paceline.core.errors import ConfigError
 from paceline.core.pages import PagePool
 from paceline.core.specs import KVGroup, StateSpec, Window
 
-DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of one number
 PURE = sys.maxsize
 
 
@@ -96,14 +96,14 @@ def of_layer(groups: Sequence[KVGroup]) -> list[list[int]]:
 
 def page_bytes(group: KVGroup, dtype: str) -> int:
     """Bytes that one page takes over all layers of its group, keys, values and positions."""
-    entry = 2 * len(group.layers) * len(group.heads) * group.spec.dim * DTYPES[dtype]
+    entry = 2 * len(group.layers) * len(group.heads) * entries.n_bytes(dtype, group.spec.dim)
     return group.page_size * (entry + 4)
 
 
 class KVCache:
     """Pools of pages for every group, and the verbs that change what sequences keep in them.
 
-    k[g][i], v[g][i]: pool of the i-th layer of group g, a backend array (n_pages, heads, page_size, dim) of `dtype`
+    k[g][i], v[g][i]: pool of the i-th layer of group g, a backend array (n_pages, heads, page_size, n_items) of `dtype`, `core/entries.py`
     positions[g]:     int32 (n_pages, page_size) place in the text of every entry
     evict:            set by a prefix index: frees n of the pages of a group that only it holds, and returns n
 
@@ -111,8 +111,8 @@ class KVCache:
     """
 
     def __init__(self, groups: Sequence[KVGroup], memory: Memory, dtype: str, n_pages: int | Sequence[int]):
-        if dtype not in DTYPES:
-            raise ConfigError(f"kv dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
+        if dtype not in entries.KINDS:
+            raise ConfigError(f"kv dtype = {dtype!r}: must be one of {', '.join(entries.KINDS)}")
         counts = [n_pages] * len(groups) if isinstance(n_pages, int) else list(n_pages)
         if len(counts) != len(groups) or min(counts, default=1) < 1:
             raise ConfigError(f"n_pages = {n_pages!r}: must be at least 1, for each of the {len(groups)} KV groups")
@@ -124,7 +124,7 @@ class KVCache:
         self.k: list[list[Any]] = []
         self.v: list[list[Any]] = []
         for g, n in zip(self.groups, counts, strict=True):
-            shape = (n, len(g.heads), g.page_size, g.spec.dim)
+            shape = (n, len(g.heads), g.page_size, entries.n_items(dtype, g.spec.dim))
             self.k.append([memory.empty(shape, dtype) for _ in g.layers])
             self.v.append([memory.empty(shape, dtype) for _ in g.layers])
         self.positions = [np.full((n, g.page_size), -1, np.int32) for g, n in zip(self.groups, counts, strict=True)]
@@ -314,7 +314,7 @@ class KVCache:
             for pool, values in ((self.k[group][i], k[i]), (self.v[group][i], v[i])):
                 host = self.memory.numpy(pool)
                 assert np.may_share_memory(host, self.memory.numpy(pool)), "these pools cannot be written from the host"
-                host[page, :, offset] = values
+                host[page, :, offset] = entries.encode(np.asarray(values), self.dtype)
         kv.pure = min(kv.pure, int(index[0]))
         return True
 
@@ -341,8 +341,8 @@ class KVCache:
         slots = self._slots(kv, group, index)
         page, offset = np.divmod(slots, size)
         out = [
-            self.memory.numpy(self.k[group][i])[page, :, offset].astype(np.float32, copy=False),
-            self.memory.numpy(self.v[group][i])[page, :, offset].astype(np.float32, copy=False),
+            entries.decode(self.memory.numpy(self.k[group][i])[page, :, offset], self.dtype),
+            entries.decode(self.memory.numpy(self.v[group][i])[page, :, offset], self.dtype),
             self._flat[group][slots],
         ]
         for a in out:

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from paceline.core import entries
 from paceline.core.batch import Batch, GroupBatch
-from paceline.core.kvcache import DTYPES, make_groups, of_layer
+from paceline.core.kvcache import make_groups, of_layer
 from paceline.core.specs import AttnSpec, StateSpec
 from paceline.ops import RESCORED, Experts, Rope, formats, visible
 from paceline.ops.packed import LANES, Packed
@@ -118,7 +119,7 @@ class CountOps:
 
     def __init__(self, kv_dtype: str = "bfloat16"):
         self.ledger = Ledger()
-        self._kv_itemsize = DTYPES[kv_dtype]
+        self._kv_dtype = kv_dtype
 
     def _record(self, op: str, out: Shape, *ins: Shape, layer: int | None = None, name: str = "", **cost: int) -> Shape:
         read = sum(x.nbytes for x in ins)
@@ -135,7 +136,7 @@ class CountOps:
     # memory and steps
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Pool:
-        return Pool(tuple(shape), DTYPES[dtype])
+        return Pool(tuple(shape), entries.FLOATS.get(dtype, 1))
 
     def move(self, pool: Pool, src: np.ndarray, dst: np.ndarray) -> None:
         n = len(src) * pool.shape[1] * pool.shape[3] * pool.itemsize
@@ -208,13 +209,16 @@ class CountOps:
             n_heads = len(group.group.heads)
             n_seen = int(visible.n_seen(batch, group, spec.window).sum())
             flops += n_seen * n_heads * (spec.n_heads // spec.n_kv_heads) * each
-            entry = 2 * n_heads * spec.dim * self._itemsize(group, layer)
+            entry = 2 * n_heads * self._entry_bytes(group, layer, spec.dim)
             kv_read += entry * _entries(batch, group, spec.window)
             kv_written += entry * batch.n_rows
         return self._record("attention", q, q, k, v, layer=layer, flops=flops, kv_read=kv_read, kv_written=kv_written)
 
-    def _itemsize(self, group: GroupBatch, layer: int) -> int:
-        return group.k[group.group.layers.index(layer)].itemsize if group.k else self._kv_itemsize
+    def _entry_bytes(self, group: GroupBatch, layer: int, dim: int) -> int:
+        if not group.k:
+            return entries.n_bytes(self._kv_dtype, dim)
+        pool = group.k[group.group.layers.index(layer)]
+        return int(pool.shape[3]) * int(pool.itemsize)
 
     def act(self, x: Shape, kind: str) -> Shape:
         return self._record("act", x, x, flops=ACT_FLOPS[kind] * x.size)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from paceline import _native
+from paceline.core import entries
 from paceline.core.batch import Batch, GroupBatch
 from paceline.core.errors import ConfigError
 from paceline.core.specs import AttnSpec
@@ -21,7 +22,6 @@ from paceline.ops.packed import Packed
 from paceline.ops.record import Recorder, Reg
 
 ISA_VARIABLE = "PACELINE_ISA"
-POOL_DTYPES = ("float32", "float16", "bfloat16")
 _SMALL_PAGES = 4 << 20  # of each KV pool: a short conversation must not take a huge page in each of a hundred pools
 _EAGER_PROGRAMS = 512  # one-instruction programs kept; they hold their weights
 _FLOATS = ("f32", "f16", "bf16")
@@ -87,7 +87,7 @@ class NativeOps:
         w: (n_out, n_in) float32, float16 or bfloat16. Raises CheckpointError for NaN, infinity and values out of range.
         """
         form = formats.get(fmt)
-        if form.why_not(w.shape, group, mins) or not w.flags.c_contiguous or str(w.dtype) not in POOL_DTYPES:
+        if form.why_not(w.shape, group, mins) or not w.flags.c_contiguous or str(w.dtype) not in entries.FLOATS:
             return form.pack(w, group, mins)  # which copies what is strided and says what is wrong
         group = form.default_group if group is None else group
         out = {k: _new(shape, str(dtype)) for k, (shape, dtype) in form.arrays(w.shape, group, mins).items()}
@@ -118,8 +118,8 @@ class NativeOps:
         if known is not None and known[0] is g.k and known[1] is g.v:
             return known[2]
         dtype = str(g.k[0].dtype)
-        if dtype not in POOL_DTYPES:
-            raise ConfigError(f"kv dtype = {dtype}: the native kernels take {', '.join(POOL_DTYPES)}")
+        if dtype not in entries.KINDS:
+            raise ConfigError(f"kv dtype = {dtype}: the native kernels take {', '.join(entries.KINDS)}")
         pools = _native.Pools([_raw(a) for a in g.k], [_raw(a) for a in g.v], list(g.group.heads), dtype)
         self._pools[g.group.id] = (g.k, g.v, pools)
         return pools

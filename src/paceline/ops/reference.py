@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 from array_api_compat import numpy as numpy_xp
 
+from paceline.core import entries
 from paceline.core.batch import Batch, GroupBatch
 from paceline.core.errors import ConfigError
 from paceline.core.specs import AttnSpec
@@ -104,7 +105,7 @@ class ReferenceOps:
     # ---------------------------------------------------------------- memory
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
-        known = {"float32": self.xp.float32, "float16": self.xp.float16, "bfloat16": self._bf16}
+        known = {"float32": self.xp.float32, "float16": self.xp.float16, "bfloat16": self._bf16, "int8": self.xp.int8}
         return self.xp.zeros(shape, dtype=known[dtype], device=self.device)
 
     def move(self, pool: Array, src: np.ndarray, dst: np.ndarray) -> None:
@@ -300,8 +301,8 @@ class ReferenceOps:
             self._write(group, group.v[at], v[:, heads])
             for sight in batch.once(("sights", g, spec.window), self._sights, b, group, spec.window):
                 keys, values = (self._read(pool[at], sight) for pool in (group.k, group.v))
-                for r, entries in zip(range(sight.lo, sight.hi), sight.entries, strict=True):
-                    out[r, heads] = self._attend(q[r, heads], keys[:, entries], values[:, entries], spec)
+                for r, seen in zip(range(sight.lo, sight.hi), sight.entries, strict=True):
+                    out[r, heads] = self._attend(q[r, heads], keys[:, seen], values[:, seen], spec)
         return xp.reshape(out, (n_rows, spec.n_heads * spec.dim))
 
     def _attend(self, q: Array, k: Array, v: Array, spec: AttnSpec) -> Array:
@@ -313,12 +314,12 @@ class ReferenceOps:
         e = xp.exp(s - xp.max(s, axis=-1, keepdims=True))
         return (e @ v) / xp.sum(e, axis=-1, keepdims=True)
 
-    def _write(self, group: GroupBatch, pool: Array, entries: Array) -> None:
-        """entries (n_rows, heads, dim) to the rows' slots."""
+    def _write(self, group: GroupBatch, pool: Array, rows: Array) -> None:
+        """rows (n_rows, heads, dim) to the rows' slots."""
         size = group.group.page_size
-        with np.errstate(over="ignore"):  # beyond float16: infinity, as in every backend
-            entries = self._as(entries, pool.dtype)
-        pool[self._index(group.slots // size), :, self._index(group.slots % size)] = entries
+        with np.errstate(over="ignore", invalid="ignore"):  # beyond float16: infinity, as in every backend
+            items = self._encode(rows) if pool.dtype == self.xp.int8 else self._as(rows, pool.dtype)
+        pool[self._index(group.slots // size), :, self._index(group.slots % size)] = items
 
     def _sights(self, batch: Batch, group: GroupBatch, window: int | None) -> list[_Sight]:
         """One for each sequence that has rows."""
@@ -331,14 +332,27 @@ class ReferenceOps:
             seen = np.arange(start, int(group.lens[s]))
             pages = group.tables[s, seen // size]
             assert (pages >= 0).all(), "a row sees an entry whose page was released"
-            entries = [_run(visible.seen(batch, r, s, int(index[r]), window) - start) for r in range(lo, hi)]
-            out.append(_Sight(lo, hi, self._index(pages), self._index(seen % size), entries))
+            own = [_run(visible.seen(batch, r, s, int(index[r]), window) - start) for r in range(lo, hi)]
+            out.append(_Sight(lo, hi, self._index(pages), self._index(seen % size), own))
         return out
 
     def _read(self, pool: Array, sight: _Sight) -> Array:
         """The entries in sight, (heads, n, dim) in the compute dtype."""
-        entries = pool[sight.pages, :, sight.offsets]
-        return self._as(self.xp.permute_dims(entries, (1, 0, 2)), self.dtype)
+        items = pool[sight.pages, :, sight.offsets]
+        found = self._decode(items) if pool.dtype == self.xp.int8 else self._as(items, self.dtype)
+        return self.xp.permute_dims(found, (1, 0, 2))
+
+    def _encode(self, x: Array) -> Array:
+        """`entries.encode` for arrays of any kind: int8 codes and the bytes of their scale."""
+        xp = self.xp
+        scale = self._as(xp.max(xp.abs(x), axis=-1, keepdims=True), xp.float32) / 127
+        scale = xp.where(scale == 0, xp.ones_like(scale), scale)
+        codes = xp.clip(xp.round(x * self._as(1 / scale, x.dtype)), -127, 127)
+        return xp.concat([self._as(codes, xp.int8), scale.view(xp.int8)], axis=-1)
+
+    def _decode(self, items: Array) -> Array:
+        scale = self.xp.asarray(items[..., -entries.SCALE_BYTES :], copy=True).view(self.xp.float32)
+        return self._as(items[..., : -entries.SCALE_BYTES], self.dtype) * self._as(scale, self.dtype)
 
     # ---------------------------------------------------------------- experts
 

@@ -82,7 +82,9 @@ def parse(text: str) -> Spec:
     name, _, rest = text.strip().partition(":")
     name = ALIASES.get(name, name)
     if name not in names():
-        raise ConfigError(f"format = {text!r}: {name!r} is unknown; use {', '.join(names())}, as in int4g:group=32,mins")
+        raise ConfigError(
+            f"format = {text!r}: {name!r} is unknown; use {', '.join(names())}, as in int4g:group=32,mins"
+        )
     fmt = get(name)
     group, mins = fmt.default_group, False
     for option in filter(None, rest.split(",")):
