@@ -40,9 +40,9 @@ struct Scratch {
 template <class F> void each_part(const Job& j, Scratch& s, F f) {
   const int64_t panel = PL_AMX ? kTilePanel : kRows, dim = round_up(j.a.dim, 32);
   f(&s.q, (j.max_pairs + panel) * dim);  // tiles read whole row blocks
-  f(&s.kt, 2 * dim * kBlock);  // twice: of a head and the next
-  f(&s.v, 2 * kBlock * j.wide);
-  f(&s.s, 2 * panel * kBlock);
+  f(&s.kt, dim * kBlock);
+  f(&s.v, kBlock * j.wide);
+  f(&s.s, panel * kBlock);
   f(&s.w, (min_of(j.max_pairs, kPairs) + panel) * kBlock);
   f(&s.zero, dim);
   f(&s.edge, PL_AMX ? 16 * max_of(j.wide, kBlock) : 0);
@@ -254,10 +254,9 @@ template <class T> void store_out(const Job& j, const Unit& u, const State& s) {
   }
 }
 
-// The part of the scratch that is a head's own: its queries, weights and state, and for a while keys, values and scores.
+// The part of the scratch that is a head's own: its queries, weights and state.
 template <class T> Scratch of_head(const Job& j, Scratch s, int64_t head) {
   const int64_t p = head * s.pairs, floats = Items<T>::n == 2 ? 2 : 1;
-  if (head % 2) s.kt += round_up(j.a.dim, 32) * kBlock, s.v += kBlock * j.wide, s.s += (PL_AMX ? kTilePanel : kRows) * kBlock;
   s.q += p * query_stride<T>(j.a.dim);
   s.w += p * kBlock / floats;
   s.qt += head * 8 * round_up(j.a.dim, 32);
@@ -274,29 +273,21 @@ struct Order {
   Ahead next_keys() const { return {first.k, next, n_heads, first.head_bytes, first.row_bytes}; }
 };
 
-// All heads of a unit over one view of a block: first all keys, then all values, each in the order of memory. A head's are loaded before
-// those of the head before it are multiplied: what was just stored cannot be read as a tile until all before it has retired.
+// All heads of a unit over one view of a block: first all keys, then all values, each in the order of memory.
 template <Dtype D> void heads(const Job& j, const Order& order, const View& view, const Scratch& s) {
   using T = typename ItemOf<D>::Type;
-  const int32_t n = order.n_heads;
   Entries e = order.first;
-  Ahead none(nullptr, nullptr, 0, 0, 0), ahead = order.values(), next = order.next_keys();
-  load_keys<D>(j, e, view, of_head<T>(j, s, 0), none);
-  for (int32_t h = 0; h < n; ++h, ahead.next_head()) {
-    e.k += e.head_bytes;
-    if (h + 1 < n) load_keys<D>(j, e, view, of_head<T>(j, s, h + 1), ahead);
+  Ahead ahead = order.values(), next = order.next_keys();
+  for (int32_t h = 0; h < order.n_heads; ++h, e.k += e.head_bytes, ahead.next_head()) {
     const Scratch own = of_head<T>(j, s, h);
+    load_keys<D>(j, e, view, own, ahead);
     each_panel<T>(j, view, view.begin, view.end, [&](const Panel<T>& p) { weigh_panel(j, view, p, own, weights_of<T>(own, p.p), ahead); });
   }
-  bool together = load_values<D>(j, e, view, view.seen, of_head<T>(j, s, 0), none);
-  for (int32_t h = 0; h < n; ++h, next.next_head()) {
+  for (int32_t h = 0; h < order.n_heads; ++h, e.v += e.head_bytes, next.next_head()) {
     const Scratch own = of_head<T>(j, s, h);
-    const Entries here = e;
-    const bool now = together;
-    e.v += e.head_bytes;
-    if (h + 1 < n) together = load_values<D>(j, e, view, view.seen, of_head<T>(j, s, h + 1), next);
-    if (now) each_panel<T>(j, view, view.begin, view.end, [&](const Panel<T>& p) { add_panel(j, p, own, weights_of<T>(own, p.p), next); });
-    else add_rows<D>(j, here, view, own, next);
+    if (load_values<D>(j, e, view, view.seen, own, next))
+      each_panel<T>(j, view, view.begin, view.end, [&](const Panel<T>& p) { add_panel(j, p, own, weights_of<T>(own, p.p), next); });
+    else add_rows<D>(j, e, view, own, next);
   }
 }
 
@@ -351,7 +342,7 @@ template <class T> void prepare(const Job& j, const Unit& u, const Scratch& s) {
     if (by_rows<T>(s)) turn_queries(s.pairs, j.a.dim, reinterpret_cast<const Pair*>(own.q), reinterpret_cast<Pair*>(own.qt));
 #endif
   }
-  for (int32_t h = 0; h < 2; ++h) pad(reinterpret_cast<T*>(s.q), j.a.dim, reinterpret_cast<T*>(of_head<T>(j, s, h).kt));
+  pad(reinterpret_cast<T*>(s.q), j.a.dim, reinterpret_cast<T*>(s.kt));
 }
 
 }  // namespace

@@ -159,13 +159,14 @@ def test_heads_in_groups_of_their_own(ops):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [29, 30])
-def test_later_rows_cannot_matter(ops, n, dtype):
+@pytest.mark.parametrize("chunks", [[50], [20, 12, 18]], ids=["many rows", "few rows"])
+def test_later_rows_cannot_matter(ops, n, dtype, chunks):
     """Infinite or NaN entries of later rows in the same block, or the same pair of keys, change no bit of the earlier ones."""
     s = spec(4, 2, 16)
     t = text(6, 50, s)
-    clean = walk(ops, t, s, [50], dtype=dtype)
+    clean = walk(ops, t, s, chunks, dtype=dtype)
     t.k[n:], t.v[n:] = np.nan, np.inf
-    got = walk(ops, t, s, [50], dtype=dtype)
+    got = walk(ops, t, s, chunks, dtype=dtype)
     assert got[:n].tobytes() == clean[:n].tobytes()
     assert np.isnan(got[n:]).all()
 
