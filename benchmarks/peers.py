@@ -62,7 +62,7 @@ def _same(form: str, *bits: str) -> dict[str, tuple[str, str]]:
 
 
 PEERS: Mapping[str, Peer] = {
-    report.OURS: Peer(None, "run_ours.py", dict.fromkeys(BITS, ("hf", "bf16")), isas=("native", "avx2")),
+    report.OURS: Peer(None, "run_ours.py", dict.fromkeys(BITS, ("hf", "bf16")), isas=("native", "avx512_vnni", "avx2")),
     "vllm": Peer(
         "vllm",
         "run_vllm.py",
@@ -71,7 +71,9 @@ PEERS: Mapping[str, Peer] = {
         compiles=True,
     ),
     "llama.cpp": Peer("llama.cpp", "run_llamacpp.py", _same("gguf", *checkpoints.BITS)),
-    "llama.cpp-no-amx": Peer("llama.cpp-no-amx", "run_llamacpp.py", _same("gguf", *checkpoints.BITS)),
+    "llama.cpp-no-amx": Peer(
+        "llama.cpp-no-amx", "run_llamacpp.py", _same("gguf", *checkpoints.BITS), isas=("native", "avx512_vnni")
+    ),
     "llama.cpp-avx2": Peer("llama.cpp-avx2", "run_llamacpp.py", _same("gguf", *checkpoints.BITS), isas=("avx2",)),
     "transformers": Peer("transformers", "run_transformers.py", _same("hf", "bf16")),
     "openvino": Peer("openvino", "run_openvino.py", _same("openvino", *checkpoints.BITS)),
@@ -421,7 +423,10 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--work", nargs="+", choices=list(WORKS))
     p.add_argument("--peers", nargs="+", choices=list(PEERS), help="default: all")
     p.add_argument(
-        "--isa", choices=("native", "avx2"), default="native", help="avx2: ours so limited, against builds for AVX2"
+        "--isa",
+        choices=("native", "avx512_vnni", "avx2"),
+        default="native",
+        help="ours so limited, against builds that go no further (llama.cpp-no-amx, llama.cpp-avx2)",
     )
     p.add_argument("--rounds", type=int, help="counted rounds (3)")
     p.add_argument("--steps", type=int, default=32, help="decoding steps of a round")

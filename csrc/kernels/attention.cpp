@@ -16,7 +16,8 @@
 // cache exactly once, 2 * dim * size bytes per index and KV head, at 4 * dim FLOP per index and query head; prefill is bound by
 // arithmetic. While a block's keys are worked on its values are fetched, and then the next block's keys (`Ahead`).
 //
-// Arithmetic: float32, but for bfloat16 pools where there are bfloat16 instructions: then scaled queries and weights are rounded to
+// Arithmetic: float32, but for bfloat16 and int8 pools where there are bfloat16 instructions: then scaled queries (and int8 entries, times
+// their scale) and weights are rounded to
 // bfloat16 too and products are added in float32 (attention_product.h, attention_amx.h). The rounded weights are also what is summed
 // up below the fraction, so they still add to one.
 //

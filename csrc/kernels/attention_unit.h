@@ -256,14 +256,15 @@ template <class T> void store_out(const Job& j, const Unit& u, const State& s) {
 
 // The part of the scratch that is a head's own: its queries, weights and state.
 template <class T> Scratch of_head(const Job& j, Scratch s, int64_t head) {
-  const int64_t p = head * s.pairs, floats = Items<T>::n == 2 ? 2 : 1;
+  const int64_t p = head * s.pairs, per_lane = Items<T>::n;
   s.q += p * query_stride<T>(j.a.dim);
-  s.w += p * kBlock / floats;
+  s.w += p * kBlock / per_lane;
   s.qt += head * 8 * round_up(j.a.dim, 32);
   s.chunk = {s.chunk.acc + p * j.wide, s.chunk.sum + p * 16, s.chunk.max + p};
   return s;
 }
 
+// The order in which a unit reads a block, and so what is fetched meanwhile: values behind keys, the next block's keys behind values.
 struct Order {
   const Entries& first;
   int32_t n_heads;

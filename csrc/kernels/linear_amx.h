@@ -78,8 +78,7 @@ struct Ahead {
 template <Kind kKind, int kRows, int kBlocks, bool kPast> PL_INLINE void accumulate(const Operands& o, int64_t n, const Ahead& ahead) {
   for (int64_t t = 0; t < n; ++t) {
     const uint8_t *a = o.a + t * o.a_step, *b = o.b + t * kTile;
-    if constexpr (kPast) ahead.b.step(t);
-    if constexpr (kPast) ahead.a.step(t), ahead.rows(t);
+    if constexpr (kPast) ahead.b.step(t), ahead.a.step(t), ahead.rows(t);
     if constexpr (kRows == 2) {
       _tile_loadd(6, b, 64);
       PL_LOAD_A(4, a);
@@ -89,15 +88,18 @@ template <Kind kKind, int kRows, int kBlocks, bool kPast> PL_INLINE void accumul
       PL_TDP(2, 5, 6);
       if constexpr (!kPast) ahead.b.block_step(0, t);
       if constexpr (kBlocks > 1) PL_TDP(3, 5, 7);
-      if constexpr (!kPast) ahead.b.block_step(1, t);
+      if constexpr (!kPast && kBlocks > 1) ahead.b.block_step(1, t);
     } else {
       PL_LOAD_A(4, a);
       _tile_loadd(6, b, 64);
       PL_TDP(0, 4, 6);
-      ahead.b.block_step(0, t);
-      if constexpr (kBlocks > 1) { _tile_loadd(7, b + o.b_block, 64); PL_TDP(1, 4, 7); ahead.b.block_step(1, t); }
-      if constexpr (kBlocks > 2) { _tile_loadd(6, b + 2 * o.b_block, 64); PL_TDP(2, 4, 6); ahead.b.block_step(2, t); }
-      if constexpr (kBlocks > 3) { _tile_loadd(7, b + 3 * o.b_block, 64); PL_TDP(3, 4, 7); ahead.b.block_step(3, t); }
+      if constexpr (!kPast) ahead.b.block_step(0, t);
+      if constexpr (kBlocks > 1) { _tile_loadd(7, b + o.b_block, 64); PL_TDP(1, 4, 7); }
+      if constexpr (!kPast && kBlocks > 1) ahead.b.block_step(1, t);
+      if constexpr (kBlocks > 2) { _tile_loadd(6, b + 2 * o.b_block, 64); PL_TDP(2, 4, 6); }
+      if constexpr (!kPast && kBlocks > 2) ahead.b.block_step(2, t);
+      if constexpr (kBlocks > 3) { _tile_loadd(7, b + 3 * o.b_block, 64); PL_TDP(3, 4, 7); }
+      if constexpr (!kPast && kBlocks > 3) ahead.b.block_step(3, t);
     }
   }
 }

@@ -80,8 +80,6 @@ inline void dot_bf16(int c, int a, int b) {
 #undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_dpbssd
-#undef _tile_dpbsud
-#undef _tile_dpbusd
 #undef _tile_dpbf16ps
 #define _tile_loadconfig(p) emulated::configure(p)
 #define _tile_release() ((void)0)
@@ -90,8 +88,6 @@ inline void dot_bf16(int c, int a, int b) {
 #define _tile_stream_loadd(t, p, stride) emulated::load(t, p, stride)
 #define _tile_stored(t, p, stride) emulated::store(t, p, stride)
 #define _tile_dpbssd(c, a, b) emulated::dot8<int8_t, int8_t>(c, a, b)
-#define _tile_dpbsud(c, a, b) emulated::dot8<int8_t, uint8_t>(c, a, b)
-#define _tile_dpbusd(c, a, b) emulated::dot8<uint8_t, int8_t>(c, a, b)
 #define _tile_dpbf16ps(c, a, b) emulated::dot_bf16(c, a, b)
 #endif
 

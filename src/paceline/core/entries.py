@@ -5,7 +5,10 @@ Floating point: as they are. int8: `dim` codes in [-127, 127], then the four byt
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from array_api_compat import numpy as numpy_xp
 
 FLOATS = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of one number
 KINDS = (*FLOATS, "int8")
@@ -22,20 +25,20 @@ def n_bytes(kind: str, dim: int) -> int:
     return dim + SCALE_BYTES if kind == "int8" else dim * FLOATS[kind]
 
 
-def encode(x: np.ndarray, kind: str) -> np.ndarray:
-    """(..., dim) floats as items of a pool (..., n_items)."""
+def encode(x: Any, kind: str, xp: Any = numpy_xp) -> Any:
+    """(..., dim) floats, arrays of `xp`, as items of a pool (..., n_items); other kinds than int8 are left to the assignment."""
     if kind != "int8":
         return x
-    scale = np.abs(x).max(axis=-1, keepdims=True).astype(np.float32) / np.float32(127)
-    scale = np.where(scale == 0, np.float32(1), scale)
+    scale = xp.astype(xp.max(xp.abs(x), axis=-1, keepdims=True), xp.float32) / 127
+    scale = xp.where(scale == 0, xp.ones_like(scale), scale)
     with np.errstate(invalid="ignore"):  # the scale of what is no number is none either
-        codes = np.clip(np.rint(x * (1 / scale)), -127, 127).astype(np.int8)
-    return np.concatenate([codes, scale.view(np.int8)], axis=-1)
+        codes = xp.astype(xp.clip(xp.round(x * xp.astype(1 / scale, x.dtype)), -127, 127), xp.int8)
+    return xp.concat([codes, scale.view(xp.int8)], axis=-1)
 
 
-def decode(items: np.ndarray, kind: str) -> np.ndarray:
+def decode(items: Any, kind: str, xp: Any = numpy_xp) -> Any:
     """(..., n_items) of a pool as float32 (..., dim)."""
     if kind != "int8":
-        return items.astype(np.float32, copy=False)
-    scale = np.ascontiguousarray(items[..., -SCALE_BYTES:]).view(np.float32)
-    return items[..., :-SCALE_BYTES].astype(np.float32) * scale
+        return xp.astype(items, xp.float32, copy=False)
+    scale = xp.asarray(items[..., -SCALE_BYTES:], copy=True).view(xp.float32)
+    return xp.astype(items[..., :-SCALE_BYTES], xp.float32) * scale

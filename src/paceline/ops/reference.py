@@ -318,7 +318,7 @@ class ReferenceOps:
         """rows (n_rows, heads, dim) to the rows' slots."""
         size = group.group.page_size
         with np.errstate(over="ignore", invalid="ignore"):  # beyond float16: infinity, as in every backend
-            items = self._encode(rows) if pool.dtype == self.xp.int8 else self._as(rows, pool.dtype)
+            items = entries.encode(rows, "int8", self.xp) if pool.dtype == self.xp.int8 else self._as(rows, pool.dtype)
         pool[self._index(group.slots // size), :, self._index(group.slots % size)] = items
 
     def _sights(self, batch: Batch, group: GroupBatch, window: int | None) -> list[_Sight]:
@@ -339,20 +339,9 @@ class ReferenceOps:
     def _read(self, pool: Array, sight: _Sight) -> Array:
         """The entries in sight, (heads, n, dim) in the compute dtype."""
         items = pool[sight.pages, :, sight.offsets]
-        found = self._decode(items) if pool.dtype == self.xp.int8 else self._as(items, self.dtype)
-        return self.xp.permute_dims(found, (1, 0, 2))
-
-    def _encode(self, x: Array) -> Array:
-        """`entries.encode` for arrays of any kind: int8 codes and the bytes of their scale."""
-        xp = self.xp
-        scale = self._as(xp.max(xp.abs(x), axis=-1, keepdims=True), xp.float32) / 127
-        scale = xp.where(scale == 0, xp.ones_like(scale), scale)
-        codes = xp.clip(xp.round(x * self._as(1 / scale, x.dtype)), -127, 127)
-        return xp.concat([self._as(codes, xp.int8), scale.view(xp.int8)], axis=-1)
-
-    def _decode(self, items: Array) -> Array:
-        scale = self.xp.asarray(items[..., -entries.SCALE_BYTES :], copy=True).view(self.xp.float32)
-        return self._as(items[..., : -entries.SCALE_BYTES], self.dtype) * self._as(scale, self.dtype)
+        if pool.dtype == self.xp.int8:
+            items = entries.decode(items, "int8", self.xp)
+        return self._as(self.xp.permute_dims(items, (1, 0, 2)), self.dtype)
 
     # ---------------------------------------------------------------- experts
 
