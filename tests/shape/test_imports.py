@@ -17,6 +17,7 @@ BELOW = {
     "checkpoints": {"core", "ops", "checkpoints"},
     "models": {"core", "ops", "checkpoints", "models"},
     "techniques": {"core", "ops", "checkpoints", "models", "techniques"},
+    "server": {"core", "ops", "checkpoints", "models", "techniques", "analysis", "assemble", "llm", "server"},
 }
 FILES = sorted(p for p in ROOT.rglob("*.py") if p.relative_to(ROOT).parts[0] in BELOW)
 
