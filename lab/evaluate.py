@@ -192,9 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.only:
         figures["held-out text"] = {each: evaluator.text(each, args.text_tokens) for each in DOMAINS}
         fresh = [name for name in generators() if name != "stdlib"]
-        figures["answers of fresh documents"] = {
-            each: evaluator.answers(each, args.seed, args.count) for each in fresh
-        }
+        figures["answers of fresh documents"] = {each: evaluator.answers(each, args.seed, args.count) for each in fresh}
     figures["held-out tasks"] = evaluator.tasks(args.seed, args.count, args.only)
     show(figures)
     print(f"{time.monotonic() - begun:.0f} seconds")

@@ -60,9 +60,7 @@ class Mixer:
         document = self.generators[name].document(self.rng, room)
         encoding = self.tokenizer.encode(document.text)
         weights = np.full(len(encoding.ids) + 1, document.base, dtype=np.float32)
-        starts = np.fromiter(
-            (start for start, _ in encoding.offsets), dtype=np.int64, count=len(encoding.ids)
-        )
+        starts = np.fromiter((start for start, _ in encoding.offsets), dtype=np.int64, count=len(encoding.ids))
         for start, end in document.answers:
             weights[: len(starts)][(starts >= start) & (starts < end)] = document.gain
         return [*encoding.ids, self.end], weights

@@ -122,9 +122,7 @@ class Trainer:
         loss_sum, weight_sum, tokens = 0.0, 0.0, 0
         for _ in range(self.args.micro_batches):
             length = min(row_length(self.lengths, self.share()), self.model.config.context)
-            ids, targets, weights = (
-                each.to(self.device) for each in self.mixer.batch(self.args.micro_tokens, length)
-            )
+            ids, targets, weights = (each.to(self.device) for each in self.mixer.batch(self.args.micro_tokens, length))
             with torch.autocast(self.device.type, torch.bfloat16):
                 loss = self.loss(ids, targets, weights)
             loss.backward()

@@ -52,9 +52,7 @@ def capital(rng: random.Random) -> Exchange:
     """A country and its capital, asked either way round."""
     land, city = rng.choice(list(facts.CAPITALS.items()))
     if rng.random() < 0.3:
-        asked = rng.choice(
-            (f"{city} is the capital of which country?", f"Which country has the capital {city}?")
-        )
+        asked = rng.choice((f"{city} is the capital of which country?", f"Which country has the capital {city}?"))
         return asked, f"{city} is the capital of {land}."
     asked = rng.choice(
         (
@@ -135,9 +133,7 @@ def counting(rng: random.Random) -> Exchange:
         if asked.startswith("Which"):
             return asked, f"{max(first, second)} is larger than {min(first, second)}."
         return asked, (
-            f"Yes, {first} is greater than {second}."
-            if first > second
-            else f"No, {first} is less than {second}."
+            f"Yes, {first} is greater than {second}." if first > second else f"No, {first} is less than {second}."
         )
     if kind == 3:
         start, end = rng.randint(1, 20), rng.randint(3, 10)

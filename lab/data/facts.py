@@ -46,9 +46,7 @@ COLORS = table(
     """sky:blue; grass:green; snow:white; blood:red; banana:yellow; coal:black; lemon:yellow; tomato:red;
     chocolate:brown; milk:white; carrot:orange; elephant:gray; night:black; sunflower:yellow; ocean:blue"""
 )
-LEGS = table(
-    "dog:four; cat:four; horse:four; cow:four; spider:eight; ant:six; bee:six; bird:two; person:two; snake:no"
-)
+LEGS = table("dog:four; cat:four; horse:four; cow:four; spider:eight; ant:six; bee:six; bird:two; person:two; snake:no")
 MEANINGS = table(
     """computer:a machine that stores data and follows instructions;
     algorithm:a list of steps that solves a problem; river:a stream of water that flows to the sea;

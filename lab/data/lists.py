@@ -41,9 +41,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
 def elements(rng: random.Random, size: int, numeric: bool) -> Elements:
     """``size`` distinct numbers below 10 or 100, or distinct words."""
     if numeric:
-        return [
-            str(each) for each in rng.sample(range(10 if size <= 8 and rng.random() < 0.3 else 100), size)
-        ]
+        return [str(each) for each in rng.sample(range(10 if size <= 8 and rng.random() < 0.3 else 100), size)]
     return rng.sample(WORDS, size)
 
 

@@ -23,9 +23,7 @@ CITIES = listed(
     "Cairo Lima Boston Chicago Toronto Sydney Geneva Munich Milan Porto Bergen"
 )
 COLORS = ["red", "blue", "green", "black", "white", "yellow", "orange", "purple", "gray", "brown"]
-PRODUCTS = listed(
-    "lamp chair table phone laptop camera bottle jacket backpack keyboard monitor printer bicycle"
-)
+PRODUCTS = listed("lamp chair table phone laptop camera bottle jacket backpack keyboard monitor printer bicycle")
 TITLES = listed("garden river winter silence journey island letter mirror harbor forest mountain station")
 ANIMALS = ["dog", "cat", "horse", "rabbit", "parrot", "hamster", "turtle", "goldfish"]
 

@@ -62,9 +62,7 @@ def source_texts() -> dict[str, str]:
 def public_names(module: object) -> list[str]:
     """The names a module says it exports, or all without a leading underscore."""
     listed = getattr(module, "__all__", None)
-    return sorted(
-        listed if listed is not None else (each for each in dir(module) if not each.startswith("_"))
-    )
+    return sorted(listed if listed is not None else (each for each in dir(module) if not each.startswith("_")))
 
 
 @functools.cache

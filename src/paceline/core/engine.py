@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from paceline.core.runner import Parts, Runner
 from paceline.core.sampler import Drawn
 from paceline.core.scheduler import Limits
 from paceline.core.sequence import Sequence
-from paceline.core.types import Completion, Delta, FinishReason, Output, Request, SamplingParams, Timing
+from paceline.core.types import Completion, Delta, FinishReason, Output, Request, Resumed, SamplingParams, Timing
 
 
 class TextStream(Protocol):
@@ -67,6 +68,26 @@ class Serving:
     eos: frozenset[int] = frozenset()
     why_capacity: str = "the context"
 
+    def problems(self, request: Request) -> list[str]:
+        """Everything that stands against a request, whatever else is being served."""
+        p, problems = request.params, []
+        if not request.tokens:
+            problems.append(
+                "prompt: is empty; give at least one token (models with a BOS token get it from the tokenizer)"
+            )
+        bad = next((t for t in request.tokens if not 0 <= t < self.n_vocab), None)
+        if bad is not None:
+            problems.append(f"prompt token id {bad}: must be from 0 to {self.n_vocab - 1} (the model's vocabulary)")
+        n_more = 1 if request.generate else 0
+        if len(request.tokens) + n_more > self.capacity:
+            fit = f"exceed {self.capacity - n_more} that fit ({self.why_capacity}); shorten it"
+            problems.append(f"prompt: {len(request.tokens)} tokens {fit}")
+        for name, ids in (("logit_bias", p.logit_bias), ("stop_token_ids", p.stop_token_ids)):
+            out = [t for t in ids if not 0 <= t < self.n_vocab]
+            if out:
+                problems.append(f"{name}: token id {out[0]} is outside the vocabulary (0 to {self.n_vocab - 1})")
+        return problems
+
 
 @dataclass
 class Stats:
@@ -101,24 +122,38 @@ class Engine:
 
     # ---- requests
 
-    def add(self, request: Request, parent: Sequence | None = None) -> None:
+    def add(self, request: Request, parent: Sequence | None = None, resumed: Seq[Resumed] = ()) -> None:
         """Queue a request. Raises RequestError (nothing is queued then).
 
         parent: a parked sequence whose tokens are a prefix of the request's; its state is shared instead of computed.
+        resumed: what each completion had in an engine that was lost; the streams go on behind it. With the request's own
+        seed the tokens are those that would have come.
         """
         self.check(request)
         now = self.clock.now()
         seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
         n = request.params.n if request.generate else 1
         seqs = [self._sequence(request, i, rng.child_seed(seed, i)) for i in range(n)]
-        seqs[0].siblings = seqs[1:]
         streams = [self.text(request.params) for _ in seqs]
         live = _Live(request, seqs, streams, [[] for _ in seqs], now)
         self.live[request.id] = live
         self._unscheduled.append(live)
-        self._start(seqs[0], parent)
+        if any(r.tokens or r.finish_reason for r in resumed):
+            self._resume(live, resumed)
+        else:
+            seqs[0].siblings = seqs[1:]
+            self._start(seqs[0], parent)
         self.stats.n_requests += 1
         self.stats.n_prompt_tokens += len(request.tokens)
+
+    def _resume(self, live: _Live, resumed: Seq[Resumed]) -> None:
+        """Completions that had begun start each on its own: they share no more than their prompt, which is in the tokens."""
+        for seq, had in zip(live.seqs, resumed, strict=True):
+            seq.tokens += had.tokens
+            live.texts[seq.index] += [live.streams[seq.index].push(token)[0] for token in had.tokens]
+            seq.finish_reason = had.finish_reason
+            if not seq.done:
+                self.runner.scheduler.add(seq)
 
     def _sequence(self, request: Request, index: int, seed: int) -> Sequence:
         self._ids += 1
@@ -149,26 +184,9 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise RequestError naming everything wrong with a request."""
-        s, p = self.serving, request.params
-        problems = []
+        problems = self.serving.problems(request)
         if request.id in self.live:
             problems.append(f"id = {request.id!r}: a request of this id is being served")
-        if not request.tokens:
-            problems.append(
-                "prompt: is empty; give at least one token (models with a BOS token get it from the tokenizer)"
-            )
-        bad = next((t for t in request.tokens if not 0 <= t < s.n_vocab), None)
-        if bad is not None:
-            problems.append(f"prompt token id {bad}: must be from 0 to {s.n_vocab - 1} (the model's vocabulary)")
-        n_more = 1 if request.generate else 0
-        if len(request.tokens) + n_more > s.capacity:
-            problems.append(
-                f"prompt: {len(request.tokens)} tokens exceed {s.capacity - n_more} that fit ({s.why_capacity}); shorten it"
-            )
-        for name, ids in (("logit_bias", p.logit_bias), ("stop_token_ids", p.stop_token_ids)):
-            out = [t for t in ids if not 0 <= t < s.n_vocab]
-            if out:
-                problems.append(f"{name}: token id {out[0]} is outside the vocabulary (0 to {s.n_vocab - 1})")
         if problems:
             raise RequestError("; ".join(problems))
 

@@ -119,6 +119,14 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Resumed:
+    """What one completion of a request had when the engine that served it was lost: its tokens, and how it had ended."""
+
+    tokens: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
 class TokenLogprob:
     """The log-probability (natural log) of a chosen token and of the best alternatives, as (token id, logprob)."""
 

@@ -1,0 +1,194 @@
+"""The worker process: one model, one engine, one loop.
+
+Started by `supervisor` as `python -m paceline.server.worker FD` with one end of a socket pair. It reads what to load, then takes requests
+and sends what every step brings. It holds nothing that the front does not know: when it dies, another goes on in its place.
+"""
+
+from __future__ import annotations
+
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from paceline.assemble import Assembled, assemble
+from paceline.core.engine import Engine
+from paceline.core.errors import ConfigError, PacelineError, RequestError
+from paceline.core.types import Output
+from paceline.server import wire
+
+GAUGE_EVERY_S = 0.2
+
+Verb = Callable[..., Any]
+
+
+class Worker:
+    """Serves an engine over a socket until it is told to stop, or the front is gone."""
+
+    def __init__(self, sock: socket.socket, codec: wire.Codec, assembled: Assembled):
+        self._sock, self._codec = sock, codec
+        self.engine: Engine = assembled.engine
+        self.verbs: dict[str, Verb] = {}
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._told = 0.0  # when the last gauge was sent
+        self._stale = True  # whether anything has changed since
+
+    def run(self) -> None:
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        engine = self.engine
+        while self._take_all():
+            self._stale = True
+            deltas, outputs = engine.step()
+            due = time.monotonic() - self._told >= GAUGE_EVERY_S
+            self.send(wire.Stepped(deltas, [ended(o) for o in outputs], self._gauge() if due else None))
+
+    def send(self, message: wire.Message) -> None:
+        self._sock.sendall(self._codec.frame(message))
+
+    def _read(self) -> None:
+        try:
+            while (message := wire.receive(self._sock, self._codec)) is not None:
+                self._inbox.put(message)
+        except OSError:
+            pass
+        self._inbox.put(wire.Stop())
+
+    def _take_all(self) -> bool:
+        """Take what has come in, waiting while there is nothing to compute; False at the end."""
+        while True:
+            idle = not self.engine.has_work
+            if idle and self._stale and self._inbox.empty():  # the last word before a silence is how things stand
+                self.send(wire.Stepped([], [], self._gauge()))
+            try:
+                message = self._inbox.get(block=idle)
+            except queue.Empty:
+                return True
+            if isinstance(message, wire.Stop):
+                return False
+            self._stale = True
+            self._take(message)
+
+    def _take(self, message: Any) -> None:
+        match message:
+            case wire.Submit(request, resumed):
+                try:
+                    self.engine.add(request, resumed=resumed)
+                except RequestError as e:
+                    self.send(wire.Refused(request.id, str(e)))
+            case wire.Abort(id):
+                self.engine.abort(id)
+            case wire.Ask(id, verb, arguments):
+                self._answer(id, verb, arguments)
+
+    def _answer(self, id: int, verb: str, arguments: dict[str, Any]) -> None:
+        try:
+            if verb not in self.verbs:
+                raise RequestError(f"{verb!r}: the worker knows {', '.join(sorted(self.verbs)) or 'no orders'}")
+            self.send(wire.Told(id, self.verbs[verb](**arguments)))
+        except (PacelineError, TypeError, ValueError) as e:
+            self.send(wire.Told(id, error=str(e)))
+
+    def _gauge(self) -> wire.Gauge:
+        self._told, self._stale = time.monotonic(), False
+        return gauge(self.engine)
+
+
+def gauge(engine: Engine) -> wire.Gauge:
+    """How the engine stands."""
+    scheduler, stats = engine.runner.scheduler, engine.stats
+    pages = engine.runner.cache.stats()
+    n_pages = sum(p["n_pages"] for p in pages)
+    n_held = sum(p["n_used"] - p["n_idle"] for p in pages)  # idle pages are free for the asking
+    counters: dict[str, float] = {
+        "steps": engine.runner.n_steps,
+        "requests": stats.n_requests,
+        "prompt_tokens": stats.n_prompt_tokens,
+        "cached_tokens": stats.n_cached_tokens,
+        "generation_tokens": stats.n_output_tokens,
+        "preemptions": scheduler.n_preempted,
+    }
+    prefix = engine.runner.parts.prefix
+    for name, value in (prefix.stats() if hasattr(prefix, "stats") else {}).items():  # type: ignore[union-attr]
+        counters[f"prefix_{name}"] = value
+    return wire.Gauge(len(scheduler.running), len(scheduler.waiting), n_held / max(1, n_pages), counters)
+
+
+def ended(output: Output) -> wire.Ended:
+    """An output without what the stream has already told."""
+    first = output.sequences[0]
+    pooled = None if first.pooled is None else np.asarray(first.pooled, np.float32).tobytes()
+    return wire.Ended(
+        output.id,
+        output.n_cached,
+        output.n_preempted,
+        output.timing,
+        output.error,
+        output.prompt_logprobs,
+        pooled,
+    )
+
+
+def load(sock: socket.socket, codec: wire.Codec, start: wire.Start) -> Worker | None:
+    """The worker for what was asked; None when it cannot be had, which the front has been told."""
+
+    def tell(message: wire.Message) -> None:
+        sock.sendall(codec.frame(message))
+
+    before = time.monotonic()
+    try:
+        assembled = assemble(start.model, start.config, progress=_at_most_every(0.1, tell))
+    except PacelineError as e:
+        problems = e.problems if isinstance(e, ConfigError) else [str(e)]
+        tell(wire.Failed(type(e).__name__, tuple(problems)))
+        return None
+    plan, engine = assembled.inspected.plan, assembled.engine
+    dropped = (f"{name} is off: {why}" for name, why in plan.refused.items())
+    notes = (*plan.notes, *plan.model.notes, *assembled.model.notes, *dropped)
+    ready = wire.Ready(engine.serving, wire.plain(plan.describe()), notes, plan.fingerprint, time.monotonic() - before)
+    tell(ready)
+    return Worker(sock, codec, assembled)
+
+
+def _at_most_every(seconds: float, tell: Callable[[wire.Message], None]) -> Callable[[int, int, str], None]:
+    last = 0.0
+
+    def progress(done: int, total: int, title: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= seconds or done == total:
+            last = now
+            tell(wire.Loading(done, total, title))
+
+    return progress
+
+
+def main(fd: int) -> int:
+    """Exit code 0: told to stop; 1: a fault of ours, told on stderr; 2: what was asked cannot be served."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front decides what it means
+    sock = socket.socket(fileno=fd)
+    codec = wire.Codec(wire.Codec.TO_WORKER)
+    start = wire.receive(sock, codec)
+    if start is None:
+        return 0
+    worker = load(sock, codec, start)
+    if worker is None:
+        return 2
+    try:
+        worker.run()
+    except (BrokenPipeError, ConnectionResetError):  # the front is gone
+        return 0
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
