@@ -46,13 +46,14 @@ async def collect(supervisor: Supervisor, r: Request, told: Callable[[int], None
     n = r.params.n
     tokens: list[list[int]] = [[] for _ in range(n)]
     texts = [""] * n
-    async for item in supervisor.events(supervisor.submit(r)):
-        if isinstance(item, Delta):
-            tokens[item.index] += item.token_ids
-            texts[item.index] += item.text
-            told(sum(map(len, tokens)))
-        else:
-            return tokens, texts, item
+    async for items in supervisor.serve([r]):
+        for _, item in items:
+            if isinstance(item, Delta):
+                tokens[item.index] += item.token_ids
+                texts[item.index] += item.text
+                told(sum(map(len, tokens)))
+            else:
+                return tokens, texts, item
     raise AssertionError("no end")
 
 
@@ -145,9 +146,10 @@ def test_requests_that_cannot_be_served_are_refused_at_once() -> None:
 
 def test_leaving_a_stream_frees_its_pages_before_the_next_gauge() -> None:
     async def scenario(supervisor: Supervisor) -> None:
-        stream = supervisor.submit(request("a", max_tokens=400))
-        async for _ in supervisor.events(stream):
+        serving = supervisor.serve([request("a", max_tokens=400)])
+        async for _ in serving:
             break
+        await serving.aclose()  # type: ignore[attr-defined]
         for _ in range(100):
             if (supervisor.gauge.n_running, supervisor.gauge.kv_used) == (0, 0.0) and supervisor.gauge.counters:
                 return

@@ -19,6 +19,10 @@ MAX_PENDING = 8192  # pieces a stream may leave unread
 CLEAR_AFTER = 2  # tokens past its place at a death that clear a suspect
 
 
+Piece = Delta | wire.Ended | Exception
+Pieces = asyncio.Queue["tuple[Stream, Piece]"]
+
+
 @dataclass(eq=False)
 class Stream:
     """One request: what it asked for, what has come, and a queue of what its reader has not taken yet."""
@@ -26,7 +30,7 @@ class Stream:
     request: Request
     tokens: list[list[int]]
     reasons: list[FinishReason | None]
-    queue: asyncio.Queue[Delta | wire.Ended | Exception] = field(default_factory=asyncio.Queue)
+    queue: Pieces = field(default_factory=asyncio.Queue)  # may be shared by several
     attempt: int = 0
     sent: bool = False  # to the present worker
     suspect: bool = False
@@ -53,12 +57,12 @@ class Stream:
     def take(self, delta: Delta) -> None:
         self.tokens[delta.index] += delta.token_ids
         self.reasons[delta.index] = delta.finish_reason
-        self.queue.put_nowait(delta)
+        self.queue.put_nowait((self, delta))
 
     def end(self, item: wire.Ended | Exception) -> None:
         if not self.done:
             self.done = True
-            self.queue.put_nowait(item)
+            self.queue.put_nowait((self, item))
 
 
 def blame(in_flight: list[Stream], code: int) -> Stream | None:

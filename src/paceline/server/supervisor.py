@@ -25,7 +25,7 @@ from paceline.core.config import EngineConfig
 from paceline.core.errors import CheckpointError, ConfigError, OutOfMemory, PacelineError, RequestError, TemplateError
 from paceline.core.types import Delta, Request
 from paceline.server import wire
-from paceline.server.streams import MAX_PENDING, Stream, blame, clear, next_moves
+from paceline.server.streams import MAX_PENDING, Piece, Pieces, Stream, blame, clear, next_moves
 
 log = logging.getLogger("paceline.server")
 
@@ -131,42 +131,57 @@ class Supervisor:
 
     # ---- requests
 
-    def submit(self, request: Request) -> Stream:
-        """Serve a request. Raises RequestError when it cannot be, Unavailable when no worker will be there to."""
+    def problems(self, request: Request) -> list[str]:
+        """Everything that stands against a request. Raises Unavailable when no worker will be there to serve it."""
         if self.state in ("stopping", "failed") or self.ready is None:
-            why = {
-                "failed": "the engine has failed too often and was given up",
-                "stopping": "the server is shutting down",
-            }
+            why = {"failed": "the engine has failed too often and was given up", "stopping": "the server is shutting down"}
             raise Unavailable(why.get(self.state, "the model is being loaded"))
         problems = self.ready.serving.problems(request)
         if request.id in self._live:
             problems.append(f"id = {request.id!r}: a request of this id is being served")
+        return problems
+
+    def submit(self, request: Request, queue: Pieces | None = None) -> Stream:
+        """Serve a request. Raises RequestError when it cannot be, Unavailable when no worker will be there to."""
+        problems = self.problems(request)
         if problems:
             raise RequestError("; ".join(problems))
         if request.params.seed is None:  # known here, so that another worker can go on with it
             request = replace(request, params=request.params.with_(seed=secrets.randbits(62)))
         n = request.params.n if request.generate else 1
-        stream = Stream(request, [[] for _ in range(n)], [None] * n)
+        stream = Stream(request, [[] for _ in range(n)], [None] * n, queue or asyncio.Queue())
         self._live[request.id] = stream
         self._dispatch()
         return stream
 
-    async def events(self, stream: Stream) -> AsyncIterator[Delta | wire.Ended]:
-        """The pieces of a stream and at last its Ended. Leaving the iteration aborts the request.
+    async def serve(
+        self, requests: Sequence[Request], deadline_s: float | None = None
+    ) -> AsyncIterator[list[tuple[int, Delta | wire.Ended]]]:
+        """All that comes for these requests, as it comes: (which request, piece), whatever has gathered at a time.
 
-        Raises RequestError, Fault or Unavailable when it could not be served to its end.
+        Each ends with its Ended. Leaving the iteration aborts them all. Raises RequestError, before anything is served, when one
+        cannot be; Fault or Unavailable when one could not be served to its end, or not within deadline_s seconds.
         """
+        problems = [p for r in requests for p in self.problems(r)]
+        if problems:
+            raise RequestError("; ".join(dict.fromkeys(problems)))
+        queue: Pieces = asyncio.Queue()
+        streams = [self.submit(r, queue) for r in requests]
+        places = {stream: i for i, stream in enumerate(streams)}
+        end = None if deadline_s is None else time.monotonic() + deadline_s
+        n_open = len(streams)
         try:
-            while True:
-                item = await stream.queue.get()
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-                if isinstance(item, wire.Ended):
-                    return
+            while n_open:
+                items = []
+                for stream, item in await _gathered(queue, end):
+                    if isinstance(item, Exception):
+                        raise item
+                    n_open -= isinstance(item, wire.Ended)
+                    items.append((places[stream], item))
+                yield items
         finally:
-            self.abort(stream)
+            for stream in streams:
+                self.abort(stream)
 
     def abort(self, stream: Stream) -> None:
         """Give a request up, whatever it is doing."""
@@ -356,6 +371,17 @@ class Supervisor:
             async with self._changed:
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), 0.05)
+
+
+async def _gathered(queue: Pieces, end: float | None) -> list[tuple[Stream, Piece]]:
+    """The next items of a queue, all that are there. Raises Unavailable at the time `end`."""
+    try:
+        items = [await asyncio.wait_for(queue.get(), None if end is None else max(0.0, end - time.monotonic()))]
+    except asyncio.TimeoutError:
+        raise Unavailable("the request took longer than this server allows") from None
+    while not queue.empty():
+        items.append(queue.get_nowait())
+    return items
 
 
 class _Link:
