@@ -17,7 +17,8 @@ from paceline.core.errors import ConfigError, RequestError
 from paceline.core.types import Delta, Request, SamplingParams
 from paceline.llm import LLM
 from paceline.server import wire
-from paceline.server.supervisor import Fault, Restarts, Supervisor, Unavailable
+from paceline.server.errors import Fault, Unavailable
+from paceline.server.supervisor import Restarts, Supervisor
 
 CONFIG = EngineConfig(context=512, threads=1, kv_memory=64 << 20)
 POISON = (sys.executable, str(Path(__file__).with_name("poisoned_worker.py")))

@@ -25,6 +25,7 @@ from paceline.core.config import EngineConfig
 from paceline.core.errors import CheckpointError, ConfigError, OutOfMemory, PacelineError, RequestError, TemplateError
 from paceline.core.types import Delta, Request
 from paceline.server import wire
+from paceline.server.errors import Fault, Unavailable
 from paceline.server.streams import MAX_PENDING, Piece, Pieces, Stream, blame, clear, next_moves
 
 log = logging.getLogger("paceline.server")
@@ -33,14 +34,6 @@ _ERRORS = {e.__name__: e for e in (ConfigError, CheckpointError, OutOfMemory, Re
 COMMAND = (sys.executable, "-m", "paceline.server.worker")
 
 State = Literal["starting", "ready", "restarting", "draining", "stopping", "failed"]
-
-
-class Unavailable(PacelineError):
-    """No worker can take the request now; it may be tried again later."""
-
-
-class Fault(PacelineError):
-    """The engine failed while serving this request."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +127,10 @@ class Supervisor:
     def problems(self, request: Request) -> list[str]:
         """Everything that stands against a request. Raises Unavailable when no worker will be there to serve it."""
         if self.state in ("stopping", "failed") or self.ready is None:
-            why = {"failed": "the engine has failed too often and was given up", "stopping": "the server is shutting down"}
+            why = {
+                "failed": "the engine has failed too often and was given up",
+                "stopping": "the server is shutting down",
+            }
             raise Unavailable(why.get(self.state, "the model is being loaded"))
         problems = self.ready.serving.problems(request)
         if request.id in self._live:
@@ -313,7 +309,7 @@ class Supervisor:
                 self._live.pop(stream.request.id)
                 stream.end(Unavailable("the reader is too slow"))
         for end in message.ended:
-            self._finish(end.id, end if end.error is None else RequestError(end.error))
+            self._finish(end.id, end if end.error is None else Fault(end.error))
         self.observe(message)
 
     def _finish(self, key: str, item: wire.Ended | Exception) -> None:

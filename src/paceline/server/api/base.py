@@ -1,0 +1,70 @@
+"""What every route is made of: its declaration, the call it gets, and answers in JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from paceline.server.keys import Identity
+
+if TYPE_CHECKING:
+    from paceline.server.app import Server
+
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True)
+class Call:
+    """One HTTP request on its way to an endpoint."""
+
+    server: Server
+    http: HttpRequest
+
+    @property
+    def identity(self) -> Identity:
+        """Who asks."""
+        found: Identity = self.http.scope["state"]["identity"]
+        return found
+
+    @property
+    def id(self) -> str:
+        """The request's id, as logged and sent back."""
+        return str(self.http.scope["state"]["request_id"])
+
+    @property
+    def wants_receipt(self) -> bool:
+        return self.server.settings.observe.receipts or self.http.headers.get("x-paceline-receipt") == "1"
+
+
+Endpoint = Callable[..., Awaitable[ASGIApp]]
+
+
+@dataclass(frozen=True)
+class Route:
+    """endpoint(call) or, with a body type, endpoint(call, body). answer: the type of its JSON, for the OpenAPI document."""
+
+    method: str
+    path: str
+    endpoint: Endpoint
+    summary: str
+    body: type[msgspec.Struct] | None = None
+    answer: Any = None
+    streams: bool = False
+    media: str | None = None
+    errors: tuple[int, ...] = (400, 401, 403, 404, 413, 415, 429, 500, 503)
+    public: bool = False  # needs no key
+    admin: bool = False
+
+
+def json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(_encode(value), status, dict(headers or {}), "application/json")
+
+
+def encode(value: Any) -> bytes:
+    return _encode(value)

@@ -1,0 +1,201 @@
+"""The models a server offers: how each is opened, what the front keeps of it, and which of them are in memory.
+
+The front has a model's tokenizer, templates and plan; its weights are in its worker. Models are loaded when asked for; when memory
+is short the one longest unused gives way, as soon as nobody is served by it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from paceline.assemble import inspect
+from paceline.checkpoints import templates
+from paceline.checkpoints.tokenizer import Tokenizer
+from paceline.core.config import EngineConfig, Plan
+from paceline.core.errors import PacelineError, RequestError
+from paceline.core.types import SamplingParams
+from paceline.llm import params_from
+from paceline.server import wire
+from paceline.server.errors import ApiError, Unavailable
+from paceline.server.supervisor import Restarts, Supervisor
+
+log = logging.getLogger("paceline.server")
+
+LONG_TEXT = 4096  # characters from which on encoding leaves the event loop
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A model as the server was told of it. names: under which requests ask for it, the first being its own."""
+
+    names: tuple[str, ...]
+    model: str | None
+    config: EngineConfig
+
+
+@dataclass
+class Front:
+    """What the front keeps of a model: everything but its weights."""
+
+    tokenizer: Tokenizer | None
+    template: templates.ChatTemplate | None
+    why_no_template: str
+    template_source: str
+    defaults: SamplingParams
+    plan: Plan
+
+
+def open_front(offer: Offer) -> Front:
+    """Read what the front needs. Raises PacelineError naming everything that stands against this model and configuration."""
+    seen = inspect(offer.model, offer.config)
+    with contextlib.closing(seen.checkpoint):
+        template, why, source = None, "this model has no tokenizer; send token ids to /v1/completions", ""
+        if seen.tokenizer is not None:
+            try:
+                template = templates.chat_template(seen.tokenizer, offer.config.chat_template)
+                source = "\n".join(template.sources.values())
+            except PacelineError as e:
+                if offer.config.chat_template is not None:
+                    raise
+                why = str(e)
+        defaults = params_from(seen.checkpoint.generation)
+    return Front(seen.tokenizer, template, why, source, defaults, seen.plan)
+
+
+@dataclass(eq=False)
+class Model:
+    """A loaded model: the front's part and its supervisor."""
+
+    offer: Offer
+    front: Front
+    supervisor: Supervisor
+    loaded: float = field(default_factory=time.time)
+    used: float = field(default_factory=time.monotonic)
+
+    @property
+    def name(self) -> str:
+        return self.offer.names[0]
+
+    @property
+    def ready(self) -> wire.Ready:
+        if self.supervisor.ready is None:
+            raise Unavailable("the model is being loaded")
+        return self.supervisor.ready
+
+    @property
+    def fingerprint(self) -> str:
+        return f"pl-{self.ready.fingerprint}"
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises RequestError for a model that has none."""
+        if self.front.tokenizer is None:
+            raise RequestError("prompt: this model has no tokenizer; send token ids")
+        return self.front.tokenizer
+
+    async def encode(self, text: str, **how: Any) -> list[int]:
+        """Token ids of a text; long ones away from the event loop."""
+        if len(text) < LONG_TEXT:
+            return self.tokenizer.encode(text, **how)
+        return await asyncio.to_thread(self.tokenizer.encode, text, **how)
+
+    async def render(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
+        """The text of a conversation. Raises RequestError when this model has no template, TemplateError when it objects."""
+        template = self.front.template
+        if template is None:
+            raise RequestError(f"messages: {self.front.why_no_template}")
+        return await asyncio.to_thread(template.render, messages, **arguments)
+
+    def text_of(self, token: int) -> str:
+        return "" if self.front.tokenizer is None else self.front.tokenizer.decode([token], skip_special_tokens=False)
+
+
+class Models:
+    """Every model on offer. memory: bytes that loaded models may plan for together (None: each sees to itself)."""
+
+    def __init__(
+        self,
+        offers: Sequence[Offer],
+        restarts: Restarts | None = None,
+        memory: int | None = None,
+        observe: Callable[[str, wire.Stepped], None] = lambda name, stepped: None,
+    ):
+        self.offers = {name: offer for offer in offers for name in offer.names}
+        self.first = offers[0]
+        self.loaded: dict[str, Model] = {}
+        self._restarts, self._memory, self._observe = restarts, memory, observe
+        self._lock = asyncio.Lock()
+
+    async def get(self, name: str | None) -> Model:
+        """The model of this name (None: the first), loaded if need be. Raises ApiError 404 for one that is not on offer."""
+        offer = self.first if name is None else self.offers.get(name)
+        if offer is None:
+            known = ", ".join(sorted({o.names[0] for o in self.offers.values()}))
+            raise ApiError(
+                404, f"model: there is no {str(name)[:200]!r} here, only {known}", param="model", code="model_not_found"
+            )
+        model = self.loaded.get(offer.names[0])
+        if model is None:
+            async with self._lock:
+                model = self.loaded.get(offer.names[0]) or await self._load(offer)
+        model.used = time.monotonic()
+        return model
+
+    async def _load(self, offer: Offer) -> Model:
+        name = offer.names[0]
+        supervisor = Supervisor(offer.model, offer.config, self._restarts, lambda stepped: self._observe(name, stepped))
+        if self.loaded:  # the plan counts memory that is free now, so make room before
+            front = await asyncio.to_thread(open_front, offer)
+            await self._make_room(front.plan.peak_bytes)
+            starting = asyncio.ensure_future(supervisor.start())
+        else:  # side by side: the first start is what people wait for
+            starting = asyncio.ensure_future(supervisor.start())
+            try:
+                front = await asyncio.to_thread(open_front, offer)
+            except PacelineError:
+                starting.cancel()
+                await supervisor.stop()
+                raise
+        try:
+            await starting
+        except PacelineError:
+            await supervisor.stop()
+            raise
+        model = self.loaded[name] = Model(offer, front, supervisor)
+        return model
+
+    async def _make_room(self, n_bytes: int) -> None:
+        """Unload what is longest unused until so much may be planned for. Raises Unavailable while all of it is in use."""
+        if self._memory is None:
+            return
+        if n_bytes > self._memory:
+            raise ApiError(
+                503, f"this model needs {n_bytes >> 20} MiB, more than the {self._memory >> 20} MiB for all models"
+            )
+        while sum(m.front.plan.peak_bytes for m in self.loaded.values()) + n_bytes > self._memory:
+            idle = [m for m in self.loaded.values() if not m.supervisor.n_live]
+            if not idle:
+                raise Unavailable("memory is full of models that are in use; try again later")
+            await self.unload(min(idle, key=lambda m: m.used).name)
+
+    async def unload(self, name: str) -> None:
+        model = self.loaded.pop(name, None)
+        if model is not None:
+            log.info("unloading %s", name)
+            await model.supervisor.stop()
+
+    async def drain(self, seconds: float) -> int:
+        """Wait until nothing is served, at most so long; how many requests are left."""
+        end = time.monotonic() + seconds
+        while (n := sum(m.supervisor.n_live for m in self.loaded.values())) and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        return n
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(self.unload(name) for name in list(self.loaded)))

@@ -1,0 +1,151 @@
+"""JSON bodies to typed requests, with every problem named at once, and the same types as an OpenAPI document."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable
+from typing import Any, TypeVar, get_type_hints
+
+import msgspec
+
+from paceline.server.errors import ApiError
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+_AT = re.compile(r" - at `(\$[^`]*)`$")
+MAX_PROBLEMS = 20
+
+
+class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Base of request bodies: a field that is not listed is refused by name."""
+
+
+@functools.cache
+def _decoder(kind: type[T]) -> msgspec.json.Decoder[T]:
+    return msgspec.json.Decoder(kind)
+
+
+def parse(body: bytes, kind: type[T]) -> T:
+    """The typed request in a body. Raises ApiError 400 naming every field that is wrong."""
+    try:
+        return _decoder(kind).decode(body)
+    except msgspec.ValidationError as first:
+        problems = _all_problems(body, kind) or [_problem(str(first))]
+    except RecursionError:
+        problems = [(None, "body: is nested too deeply")]
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        problems = [(None, f"body: is not valid JSON ({e})")]
+    raise bad_fields(problems)
+
+
+def bad_fields(problems: Iterable[tuple[str | None, str]]) -> ApiError:
+    """400 for (field, text) pairs; `param` is the first of the fields."""
+    told = list(problems)
+    texts = [text for _, text in told[:MAX_PROBLEMS]]
+    if len(told) > MAX_PROBLEMS:
+        texts.append(f"and {len(told) - MAX_PROBLEMS} more")
+    return ApiError(400, "; ".join(texts), param=next((field for field, _ in told if field), None))
+
+
+def _all_problems(body: bytes, kind: type[T]) -> list[tuple[str | None, str]]:
+    """Each field on its own, since the decoder stops at the first."""
+    found = msgspec.json.decode(body)
+    if not isinstance(found, dict):
+        return [(None, "body: must be a JSON object")]
+    hints = get_type_hints(kind)
+    fields = {f.encode_name: f for f in msgspec.structs.fields(kind)}
+    problems: list[tuple[str | None, str]] = []
+    for name, value in found.items():
+        if name not in fields:
+            problems.append((name, f"{name[:100]}: is not supported by this endpoint; leave it out"))
+            continue
+        hint = hints[fields[name].name]
+        try:
+            msgspec.convert(value, hint)
+        except msgspec.ValidationError as e:
+            if hint is type(None):
+                problems.append((name, f"{name}: is not supported by this server; leave it out"))
+            else:
+                problems.append(_problem(str(e), name))
+    problems += [(name, f"{name}: is missing") for name, f in fields.items() if f.required and name not in found]
+    return problems
+
+
+def _problem(text: str, name: str = "") -> tuple[str | None, str]:
+    """A decoder's message as (field, text)."""
+    at = _AT.search(text)
+    inner = at[1][1:] if at else ""
+    field = (name + inner).lstrip(".")
+    said = text[: at.start()] if at else text
+    said = said[:1].lower() + said[1:]
+    return field or None, f"{field}: {said}" if field else said
+
+
+def openapi(routes: Iterable[Any], version: str) -> dict[str, Any]:
+    """An OpenAPI 3.1 document. routes: objects with path, method, summary, body and answer types (`api.Route`)."""
+    routes = list(routes)
+    bodies = [r.body for r in routes if r.body is not None]
+    schemas, components = msgspec.json.schema_components(
+        [*bodies, *(r.answer for r in routes if r.answer is not None)], ref_template="#/components/schemas/{name}"
+    )
+    of_type = dict(zip([*bodies, *(r.answer for r in routes if r.answer is not None)], schemas, strict=True))
+    components["Error"] = _ERROR
+    paths: dict[str, dict[str, Any]] = {}
+    for r in routes:
+        paths.setdefault(r.path, {})[r.method.lower()] = _operation(r, of_type)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Paceline", "version": version},
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{"key": []}, {}],
+    }
+
+
+def _operation(route: Any, of_type: dict[Any, Any]) -> dict[str, Any]:
+    ok: dict[str, Any] = {"description": "The answer."}
+    if route.answer is not None:
+        ok["content"] = {"application/json": {"schema": of_type[route.answer]}}
+        if route.streams:
+            ok["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    elif route.media is not None:
+        ok["content"] = {route.media: {"schema": {}}}
+    error = {
+        "description": "What is wrong.",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
+    done: dict[str, Any] = {
+        "operationId": route.endpoint.__name__,
+        "summary": route.summary,
+        "responses": {"200": ok, **{str(code): error for code in route.errors}},
+    }
+    names = re.findall(r"{(\w+)(?::\w+)?}", route.path)
+    if names:
+        done["parameters"] = [
+            {"name": n, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}} for n in names
+        ]
+    if route.body is not None:
+        done["requestBody"] = {"required": True, "content": {"application/json": {"schema": of_type[route.body]}}}
+    return done
+
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
