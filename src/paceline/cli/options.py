@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 import typer
 
 from paceline.core.config import EngineConfig
-from paceline.core.errors import ConfigError
 from paceline.core.recipe import Recipe
+from paceline.core.units import size
 
 # field: (type, flags, help). Flag beats environment variable (PACELINE_<FIELD>) beats default.
 ENGINE: dict[str, tuple[Any, tuple[str, ...], str]] = {
@@ -52,18 +51,6 @@ ENGINE: dict[str, tuple[Any, tuple[str, ...], str]] = {
     "offline": (bool | None, ("--offline/--online",), "Never contact the hub (also HF_HUB_OFFLINE=1)."),
     "chat_template": (str | None, ("--chat-template",), "A Jinja file, or chatml, llama3, plain."),
 }
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(k|m|g|t)?(i?b)?", re.IGNORECASE)
-
-
-def size(text: str | None, name: str) -> int | None:
-    """'2GiB', '512m' or plain bytes. Raises ConfigError."""
-    if text is None:
-        return None
-    m = _SIZE.fullmatch(text.strip())
-    if m is None:
-        raise ConfigError(f"{name} = {text!r}: must be a size such as 2GiB or 512MiB")
-    return int(float(m[1]) * 1024 ** (" kmgt".index((m[2] or " ").lower())))
 
 
 def engine_options(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,338 @@
+"""The outermost layer of the server, plain ASGI: nothing reaches a route that has not passed here, and nothing is held back on the way out.
+
+In the order of the checks: a request id; bounds on headers; the host addressed (DNS rebinding) and the page that asks (CORS, forged
+requests); how many requests at once; the key; who may administer; type and size of the body. A route is guarded unless it is listed as
+public. The identity is found in `scope["state"]["identity"]`, the id in `scope["state"]["request_id"]`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import ipaddress
+import logging
+import re
+import secrets
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from paceline.server import settings
+from paceline.server.access import Gate, Headers
+from paceline.server.errors import ApiError, from_exception, render
+
+log = logging.getLogger("paceline.server")
+
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_SAFE = ("GET", "HEAD", "OPTIONS")
+_JSON = re.compile(r"application/json\s*(;.*)?", re.IGNORECASE | re.DOTALL)
+_PORTS = {"http": 80, "https": 443}
+PAGE_CSP = (
+    "default-src 'none'; script-src {script}; style-src {style}; img-src 'self' data:; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
+API_CSP = "default-src 'none'; frame-ancestors 'none'"
+ALWAYS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+}
+CORS = {
+    "access-control-allow-methods": "GET, POST, DELETE, OPTIONS",
+    "access-control-allow-headers": "authorization, content-type, x-api-key, api-key, x-request-id, anthropic-version, anthropic-beta",
+    "access-control-max-age": "600",
+}
+EXPOSED = "x-request-id, retry-after, " + ", ".join(
+    f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset")
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the guard holds requests to. hosts: names that may be addressed, None: any; addresses: so may any IP address, which needs no
+    DNS that could lie. public, admin: paths without the root path.
+
+    public paths need no key and are compared as a whole; an admin prefix ends with a slash and covers the path without it, too.
+    """
+
+    public: frozenset[str] = frozenset({"/health", "/ready"})
+    admin: tuple[str, ...] = ("/admin/",)
+    hosts: frozenset[str] | None = None
+    addresses: bool = False
+    origins: frozenset[str] = frozenset()
+    max_body: int = 16 << 20
+    max_headers: int = 64
+    max_header_bytes: int = 32 << 10
+    max_requests: int = 4096
+    body_timeout: float = 60.0
+
+    @staticmethod
+    def of(s: settings.ServeSettings, public: Iterable[str] = (), admin: Iterable[str] = ()) -> Rules:
+        """public, admin: further ones.
+
+        Only this machine's names may be addressed on loopback; elsewhere addresses and `allowed_hosts`, where there are any or no keys.
+        """
+        x, b = s.listen, s.bounds
+        hosts = None
+        if x.uds is None and (x.local or x.allowed_hosts or not s.access.has_keys):
+            own = ("localhost", "127.0.0.1", "::1", x.host) if x.local else (x.host, "localhost", socket.gethostname())
+            hosts = frozenset(h.lower().strip("[]") for h in (*own, *x.allowed_hosts))
+        return Rules(
+            Rules.public | frozenset(public) | (frozenset({"/"}) if s.observe.dashboard else frozenset()),
+            (*Rules.admin, *admin),
+            hosts,
+            not x.local,
+            frozenset(o.lower() for o in x.cors_origins),
+            b.max_body,
+            b.max_headers,
+            b.max_header_bytes,
+            b.max_connections,
+            b.body_timeout,
+        )
+
+
+def page_csp(html: str) -> str:
+    """A content security policy under which this page's inline scripts and styles run, by their hashes, and no others."""
+
+    def sources(tag: str) -> str:
+        blocks = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}\s*>", html, re.DOTALL | re.IGNORECASE)
+        hashes = (base64.b64encode(hashlib.sha256(b.encode()).digest()).decode() for b in blocks if b.strip())
+        return " ".join(["'self'", *(f"'sha256-{h}'" for h in hashes)])
+
+    return PAGE_CSP.format(script=sources("script"), style=sources("style"))
+
+
+class Guard:
+    """`Guard(app, gate, rules)` is the ASGI app to serve."""
+
+    def __init__(self, app: ASGIApp, gate: Gate, rules: Rules):
+        self.app, self.gate, self.rules = app, gate, rules
+        self.n_running = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # no route speaks anything else
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        headers: Headers = scope["headers"]
+        state = scope.setdefault("state", {})
+        request_id = state["request_id"] = _request_id(headers)
+        answer = _Answer(send, request_id)
+        body = _Body(receive, self.rules, _has_body(headers))
+        self.n_running += 1
+        try:
+            preflight = self._check(scope, headers, answer)
+            await (self.app if preflight is None else preflight)(scope, body, answer)
+        except ClientDisconnect:
+            log.info("request %s: the client left while sending", request_id)
+        except Exception as e:
+            await self._fail(e, scope, body, answer)
+        finally:
+            self.n_running -= 1
+
+    async def _fail(self, e: Exception, scope: Scope, body: _Body, answer: _Answer) -> None:
+        """The answer to an exception, while there is none yet; afterwards only cutting the connection tells the client."""
+        error = from_exception(e, answer.request_id)
+        if error.status == 500:
+            log.error("request %s: %s %r failed", answer.request_id, scope["method"], scope["path"], exc_info=e)
+        if answer.ended:
+            return
+        if answer.started:
+            raise e
+        if not body.complete and body.announced:  # or the rest would be read and thrown away
+            error.headers["connection"] = "close"
+        await render(error)(scope, body, answer)
+
+    def _check(self, scope: Scope, headers: Headers, answer: _Answer) -> Response | None:
+        """Raises ApiError; a response where a browser only asks whether it may."""
+        rules, path = self.rules, route_path(scope)
+        if len(headers) > rules.max_headers or sum(len(n) + len(v) for n, v in headers) > rules.max_header_bytes:
+            raise ApiError(
+                431, f"at most {rules.max_headers} headers and {rules.max_header_bytes} bytes of them are read"
+            )
+        if not _plain_path(path):
+            raise ApiError(404, "there is no such route")
+        origin = self._origin(headers)
+        answer.origin = origin
+        if scope["method"] == "OPTIONS" and origin and _one(headers, b"access-control-request-method"):
+            return Response(status_code=204, headers=CORS)
+        if path in rules.public and scope["method"] in ("GET", "HEAD"):
+            return None
+        if self.n_running > rules.max_requests:
+            raise ApiError(503, "too many requests are being answered; try again later", headers={"retry-after": "1"})
+        client = scope.get("client")
+        identity = self.gate.identify(headers, client[0] if client else None)
+        scope["state"]["identity"] = identity
+        if not identity.admin and any((path + "/").startswith(prefix) for prefix in rules.admin):
+            raise ApiError(403, "this route needs the key of an administrator")
+        self._check_body(scope["method"], headers)
+        return None
+
+    def _origin(self, headers: Headers) -> str | None:
+        """The web origin that asks, if it is one that may read answers. Raises ApiError for a wrong host or a foreign page."""
+        host = _one(headers, b"host")
+        name = _split(host)[0]
+        if (
+            self.rules.hosts is not None
+            and name not in self.rules.hosts
+            and not (self.rules.addresses and _is_address(name))
+        ):
+            raise ApiError(
+                421, "this server does not answer for the host addressed; --allowed-hosts names further ones"
+            )
+        origin = _one(headers, b"origin").lower()
+        if origin in self.rules.origins and origin:
+            return origin
+        foreign = origin and not _same(origin, host)
+        if foreign or (not origin and _one(headers, b"sec-fetch-site") in ("cross-site", "same-site")):
+            if not foreign and _one(headers, b"sec-fetch-mode") == "navigate":
+                return None  # somebody followed a link to the status page
+            raise ApiError(403, "pages of this origin may not use this server; --cors-origins names those that may")
+        return None
+
+    def _check_body(self, method: str, headers: Headers) -> None:
+        length = _one(headers, b"content-length")
+        if length and not re.fullmatch(r"[0-9]{1,18}", length):
+            raise ApiError(400, "content-length must be a number of bytes")
+        if length and int(length) > self.rules.max_body:
+            raise _too_large(self.rules.max_body)
+        if method in _SAFE or not _has_body(headers):
+            return
+        if not _JSON.fullmatch(_one(headers, b"content-type")):
+            raise ApiError(415, "the body must be JSON, sent with content-type: application/json")
+        if _one(headers, b"content-encoding") not in ("", "identity"):
+            raise ApiError(415, "compressed bodies are not read; send it without content-encoding")
+
+
+class _Body:
+    """`receive`, with a bound on the body's size and on the time it takes to arrive."""
+
+    def __init__(self, receive: Receive, rules: Rules, announced: bool):
+        self.receive, self.limit, self.announced = receive, rules.max_body, announced
+        self.deadline = asyncio.get_running_loop().time() + rules.body_timeout
+        self.n_bytes = 0
+        self.complete = False
+
+    async def __call__(self) -> Message:
+        if self.complete:  # what still comes is the end of the connection, whenever that is
+            return await self.receive()
+        try:
+            left = self.deadline - asyncio.get_running_loop().time() if self.announced else None
+            message = await asyncio.wait_for(self.receive(), left)
+        except asyncio.TimeoutError:
+            raise ApiError(408, "the body of the request did not arrive in time") from None
+        if message["type"] == "http.request" and message.get("body") and not self.announced:
+            raise ApiError(
+                411, "the length of the body must be announced by content-length"
+            )  # its type was not checked
+        if message["type"] == "http.request":
+            self.n_bytes += len(message.get("body", b""))
+            self.complete = not message.get("more_body", False)
+            if self.n_bytes > self.limit:
+                raise _too_large(self.limit)
+        return message
+
+
+class _Answer:
+    """`send`, with the headers that every answer carries. Bodies pass as they come."""
+
+    def __init__(self, send: Send, request_id: str):
+        self.send, self.request_id = send, request_id
+        self.origin: str | None = None
+        self.started = self.ended = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            given = message.get("headers", [])
+            names = {name.lower(): value.decode("latin-1") for name, value in given}
+            extra = [
+                (n.encode(), v.encode("latin-1")) for n, v in self._headers(names).items() if n.encode() not in names
+            ]
+            message = {**message, "headers": [*given, *extra]}
+        elif message["type"] == "http.response.body":
+            self.ended = not message.get("more_body", False)
+        await self.send(message)
+
+    def _headers(self, given: Mapping[bytes, str]) -> dict[str, str]:
+        """What is added unless the route itself said otherwise."""
+        kind = given.get(b"content-type", "")
+        page = kind.startswith("text/html")
+        found = {"x-request-id": self.request_id, **ALWAYS, "cache-control": "no-cache" if page else "no-store"}
+        found["content-security-policy"] = PAGE_CSP.format(script="'self'", style="'self'") if page else API_CSP
+        if kind.startswith("text/event-stream"):
+            found["x-accel-buffering"] = "no"  # or nginx collects the stream
+        if self.origin:
+            found |= {
+                "access-control-allow-origin": self.origin,
+                "access-control-expose-headers": EXPOSED,
+                "vary": "Origin",
+            }
+        return found
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body is larger than the {limit} bytes that are read")
+
+
+def route_path(scope: Scope) -> str:
+    """The path as routes know it: without the prefix that a reverse proxy stripped."""
+    path, root = scope["path"], scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(root + "/") else path
+
+
+def _plain_path(path: str) -> bool:
+    """One spelling per route: paths that a proxy and a router could read differently are not served."""
+    return path.startswith("/") and len(path) <= 2048 and not re.search(r"//|/\.\.?(/|$)|\\|[\x00-\x1f\x7f]", path)
+
+
+def _one(headers: Headers, name: bytes) -> str:
+    """The header's value, empty where there is none. Raises ApiError when there are several that could be told apart."""
+    found = {value for key, value in headers if key == name}
+    if len(found) > 1:
+        raise ApiError(400, f"the header {name.decode()} is given more than once")
+    return found.pop().decode("latin-1").strip() if found else ""
+
+
+def _request_id(headers: Headers) -> str:
+    """The client's own, if it can safely be logged and sent back, else a fresh one."""
+    given = [value.decode("latin-1") for name, value in headers if name == b"x-request-id"]
+    return given[0] if len(given) == 1 and _ID.fullmatch(given[0]) else f"req-{secrets.token_hex(12)}"
+
+
+def _has_body(headers: Headers) -> bool:
+    return any(n == b"transfer-encoding" or (n == b"content-length" and v.strip(b" 0")) for n, v in headers)
+
+
+def _split(authority: str, scheme: str = "") -> tuple[str, int | None]:
+    """(name in lower case, port or the scheme's own); an empty name where it cannot be read."""
+    try:
+        u = urlsplit(f"//{authority}")
+        if u.path or u.query or u.fragment or "@" in authority or not u.hostname:
+            return "", None
+        return u.hostname.lower(), u.port or _PORTS.get(scheme)
+    except ValueError:
+        return "", None
+
+
+def _is_address(name: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
+
+
+def _same(origin: str, host: str) -> bool:
+    """Whether a page of this origin was served under this Host. The scheme may differ: a proxy in front may speak TLS."""
+    scheme, _, authority = origin.partition("://")
+    name, port = _split(authority, scheme)
+    return bool(name) and scheme in _PORTS and (name, port) == _split(host, scheme)
