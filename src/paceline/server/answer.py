@@ -147,6 +147,21 @@ class Answer:
             one.text = "".join(parts)
         return done
 
+    def prompt_logprobs(self, request: int) -> list[dict[str, Any] | None] | None:
+        """Of one prompt, as vLLM writes them: by token id, with rank left out."""
+        end = self.ended[request]
+        if end is None or end.prompt_logprobs is None:
+            return None
+        return [
+            None
+            if lp is None
+            else {
+                str(t): {"logprob": v, "decoded_token": self.model.text_of(t)}
+                for t, v in (*lp.top, (lp.token, lp.logprob))
+            }
+            for lp in end.prompt_logprobs
+        ]
+
     def receipt(self) -> dict[str, Any]:
         """What made this answer and what it cost. Times in seconds."""
         times = [e.timing for e in self.ended if e is not None]

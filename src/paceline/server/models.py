@@ -21,7 +21,9 @@ from paceline.core.config import EngineConfig, Plan
 from paceline.core.errors import PacelineError, RequestError
 from paceline.core.types import SamplingParams
 from paceline.llm import params_from
-from paceline.server import wire
+from paceline.server import dialects, wire
+from paceline.server.dialects import reasoning
+from paceline.server.dialects.reasoning import Tags
 from paceline.server.errors import ApiError, Unavailable
 from paceline.server.supervisor import Restarts, Supervisor
 
@@ -46,7 +48,9 @@ class Front:
     tokenizer: Tokenizer | None
     template: templates.ChatTemplate | None
     why_no_template: str
-    template_source: str
+    dialect: str  # how calls of tools are written
+    tags: Tags | None  # how thoughts are marked
+    reads_parts: bool  # whether the template takes content as parts only
     defaults: SamplingParams
     plan: Plan
 
@@ -55,17 +59,30 @@ def open_front(offer: Offer) -> Front:
     """Read what the front needs. Raises PacelineError naming everything that stands against this model and configuration."""
     seen = inspect(offer.model, offer.config)
     with contextlib.closing(seen.checkpoint):
-        template, why, source = None, "this model has no tokenizer; send token ids to /v1/completions", ""
+        template, why = None, "this model has no tokenizer; send token ids to /v1/completions"
         if seen.tokenizer is not None:
             try:
                 template = templates.chat_template(seen.tokenizer, offer.config.chat_template)
-                source = "\n".join(template.sources.values())
             except PacelineError as e:
                 if offer.config.chat_template is not None:
                     raise
                 why = str(e)
         defaults = params_from(seen.checkpoint.generation)
-    return Front(seen.tokenizer, template, why, source, defaults, seen.plan)
+    sources = None if template is None else template.sources
+    return Front(
+        seen.tokenizer,
+        template,
+        why,
+        dialects.detect(sources),
+        reasoning.tags(dialects.text_of(sources)),
+        dialects.reads_parts(sources),
+        defaults,
+        seen.plan,
+    )
+
+
+def _render_by(source: str, tokenizer: Tokenizer, messages: Any, arguments: dict[str, Any]) -> str:
+    return templates.ChatTemplate(source, tokenizer.special_tokens).render(messages, **arguments)
 
 
 @dataclass(eq=False)
@@ -105,8 +122,13 @@ class Model:
             return self.tokenizer.encode(text, **how)
         return await asyncio.to_thread(self.tokenizer.encode, text, **how)
 
-    async def render(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
-        """The text of a conversation. Raises RequestError when this model has no template, TemplateError when it objects."""
+    async def render(self, messages: Sequence[Mapping[str, Any]], source: str | None = None, **arguments: Any) -> str:
+        """The text of a conversation, by the template `source` if given.
+
+        Raises RequestError when this model has no template, TemplateError when the template objects.
+        """
+        if source is not None:
+            return await asyncio.to_thread(_render_by, source, self.tokenizer, messages, arguments)
         template = self.front.template
         if template is None:
             raise RequestError(f"messages: {self.front.why_no_template}")

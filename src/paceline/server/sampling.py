@@ -106,7 +106,11 @@ def params(body: Sampling, model: Model, bounds: Bounds, **more: Any) -> Samplin
         given["constraint"] = constraint
     given |= {name: value for name, value in more.items() if value is not None}
     problems: list[tuple[str | None, str]] = []
-    for name, most in (("n", bounds.max_n), ("logprobs", bounds.max_top_logprobs), ("prompt_logprobs", bounds.max_top_logprobs)):
+    for name, most in (
+        ("n", bounds.max_n),
+        ("logprobs", bounds.max_top_logprobs),
+        ("prompt_logprobs", bounds.max_top_logprobs),
+    ):
         if isinstance(given.get(name), int) and given[name] > most:
             problems.append((name, f"{name} = {given[name]}: at most {most} on this server"))
     if bounds.max_output_tokens is not None:
@@ -127,7 +131,11 @@ def constrained(body: Sampling) -> Constraint | None:
     """What the answer must be of, by response_format or structured_outputs. Raises ApiError when they contradict each other."""
     found = [c for c in (_of_format(body.response_format), _of_structured(body.structured_outputs)) if c is not None]
     if len(found) > 1:
-        raise ApiError(400, "structured_outputs: response_format constrains the answer already; give one", param="structured_outputs")
+        raise ApiError(
+            400,
+            "structured_outputs: response_format constrains the answer already; give one",
+            param="structured_outputs",
+        )
     return found[0] if found else None
 
 
@@ -146,7 +154,11 @@ def _of_structured(s: Structured | None) -> Constraint | None:
         return None
     given = [k for k in ("schema", "regex", "choice", "grammar", "json_object") if getattr(s, k) not in (None, False)]
     if len(given) != 1:
-        raise ApiError(400, "structured_outputs: give exactly one of json, regex, choice, grammar, json_object", param="structured_outputs")
+        raise ApiError(
+            400,
+            "structured_outputs: give exactly one of json, regex, choice, grammar, json_object",
+            param="structured_outputs",
+        )
     kind = given[0]
     value = getattr(s, kind)
     if kind == "schema":
@@ -155,4 +167,4 @@ def _of_structured(s: Structured | None) -> Constraint | None:
         return Constraint("choice", msgspec.json.encode(value).decode())
     if kind == "json_object":
         return Constraint("json_object", "")
-    return Constraint(kind, value)
+    return Constraint("regex" if kind == "regex" else "grammar", value)

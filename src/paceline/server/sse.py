@@ -39,7 +39,8 @@ async def unless_gone(work: Awaitable[T], receive: Receive) -> T:
     """The result of `work`, which is cancelled when the client leaves. Raises ClientGone then."""
     task, left = asyncio.ensure_future(work), asyncio.ensure_future(gone(receive))
     try:
-        await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
+        both: set[asyncio.Future[Any]] = {task, left}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise ClientGone
@@ -87,7 +88,7 @@ class EventStream:
     async def _run(self, send: Send, left: asyncio.Future[None]) -> None:
         pieces = self._pieces.__aiter__()
         while True:
-            piece = asyncio.ensure_future(_next(pieces))
+            piece: asyncio.Future[Any] = asyncio.ensure_future(_next(pieces))
             try:
                 while not piece.done():
                     await asyncio.wait({piece, left}, timeout=self._keep_alive, return_when=asyncio.FIRST_COMPLETED)

@@ -11,7 +11,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from paceline.server.access import need_model
 from paceline.server.keys import Identity
+from paceline.server.models import Model
 
 if TYPE_CHECKING:
     from paceline.server.app import Server
@@ -40,6 +42,21 @@ class Call:
     @property
     def wants_receipt(self) -> bool:
         return self.server.settings.observe.receipts or self.http.headers.get("x-paceline-receipt") == "1"
+
+    async def model(self, name: str | None) -> Model:
+        """The model a request names, loaded. Raises ApiError when there is none, or none for this key."""
+        models = self.server.models
+        offer = models.first if name is None else models.offers.get(name)
+        if offer is not None:
+            need_model(self.identity, name or offer.names[0])
+        found = await models.get(name)
+        self.server.remember(found)
+        return found
+
+    def streaming(self, headers: Mapping[str, str]) -> dict[str, Any]:
+        """How the settings want events to be sent."""
+        bounds = self.server.settings.bounds
+        return {"keep_alive_s": bounds.keep_alive, "write_timeout_s": bounds.write_timeout, "headers": dict(headers)}
 
 
 Endpoint = Callable[..., Awaitable[ASGIApp]]

@@ -1,0 +1,79 @@
+"""POST /tokenize and /detokenize, as vLLM has them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from starlette.types import ASGIApp
+
+from paceline.core.types import GREEDY
+from paceline.server.api.base import Call, Route, json
+from paceline.server.errors import ApiError
+from paceline.server.schema import Body
+from paceline.server.turn import Asked, prepare
+
+MAX_TOKENS = 1 << 24
+
+
+class TokenizeRequest(Body):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    return_token_strs: bool = False
+
+
+class TokenizeAnswer(msgspec.Struct):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(Body):
+    tokens: Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(max_length=MAX_TOKENS)]
+    model: str | None = None
+
+
+class DetokenizeAnswer(msgspec.Struct):
+    prompt: str
+
+
+async def tokenize(call: Call, body: TokenizeRequest) -> ASGIApp:
+    model = await call.model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "prompt: give either a prompt or messages", param="prompt")
+    if body.messages is not None:
+        asked = Asked(
+            body.messages,
+            GREEDY,
+            tools=body.tools,
+            variables=body.chat_template_kwargs or {},
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+        )
+        tokens = list((await prepare(call, model, asked)).answer.requests[0].tokens)
+    else:
+        tokens = await model.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
+    texts = [model.text_of(t) for t in tokens] if body.return_token_strs else None
+    return json(TokenizeAnswer(tokens, len(tokens), model.ready.serving.capacity, texts))
+
+
+async def detokenize(call: Call, body: DetokenizeRequest) -> ASGIApp:
+    model = await call.model(body.model)
+    n_vocab = model.ready.serving.n_vocab
+    bad = next((t for t in body.tokens if t >= n_vocab), None)
+    if bad is not None:
+        raise ApiError(400, f"tokens: {bad} is outside the vocabulary (0 to {n_vocab - 1})", param="tokens")
+    return json(DetokenizeAnswer(model.tokenizer.decode(body.tokens, skip_special_tokens=False)))
+
+
+ROUTES = [
+    Route("POST", "/tokenize", tokenize, "Token ids of a text or a conversation.", TokenizeRequest, TokenizeAnswer),
+    Route("POST", "/detokenize", detokenize, "The text of token ids.", DetokenizeRequest, DetokenizeAnswer),
+]
