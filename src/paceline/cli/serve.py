@@ -65,59 +65,33 @@ def offers(model: str | None, config: EngineConfig, settings: ServeSettings) -> 
 
 async def _serve(server: Server) -> None:
     """Listen at once, load meanwhile: /ready turns 200 when the model is there."""
-    import uvicorn
-
     from paceline.server.app import make_app
+    from paceline.server.listening import bind, http_server
 
-    http = uvicorn.Server(uvicorn_config(make_app(server), server.settings))
-    sockets = None
+    listen = server.settings.listen
+    sock = bind(listen)
+    http = http_server(make_app(server), server.settings)
     starting = asyncio.create_task(server.start())
-    serving = asyncio.create_task(http.serve(sockets))
+    serving = asyncio.create_task(http.serve([sock]))
     try:
         await asyncio.wait({starting, serving}, return_when=asyncio.FIRST_COMPLETED)
-        if starting.done() and not starting.cancelled():
+        if starting.done():
             starting.result()  # raises what loading met
-            announce(server)
+            announce(server, "" if listen.uds else sock.getsockname()[1])
         await serving
-    except BaseException:
-        http.should_exit = True
-        await asyncio.wait({serving}, timeout=5)
-        raise
     finally:
         starting.cancel()
+        http.should_exit = True
+        await asyncio.wait({serving}, timeout=5)
 
 
-def uvicorn_config(app: Any, settings: ServeSettings) -> Any:
-    import uvicorn
-
-    listen, bounds = settings.listen, settings.bounds
-    where: dict[str, Any] = {"uds": listen.uds} if listen.uds else {"host": listen.host, "port": listen.port}
-    return uvicorn.Config(
-        app,
-        **where,
-        root_path=listen.root_path,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        date_header=True,
-        h11_max_incomplete_event_size=bounds.max_header_bytes,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=int(settings.life.drain) + 10,
-        ssl_keyfile=listen.tls_key,
-        ssl_certfile=listen.tls_cert,
-        proxy_headers=bool(listen.trusted_proxies),
-        forwarded_allow_ips=list(listen.trusted_proxies) or None,
-        ws="none",
-    )
-
-
-def announce(server: Server) -> None:
+def announce(server: Server, port: int | str) -> None:
     """Where it listens, what runs and within which limits, for the person who started it."""
     model = server.models.loaded[server.models.first.names[0]]
     listen, plan = server.settings.listen, model.ready.plan
     scheme = "https" if listen.tls_cert else "http"
     host = f"[{listen.host}]" if ":" in listen.host else listen.host
-    where = f"unix:{listen.uds}" if listen.uds else f"{scheme}://{host}:{listen.port}"
+    where = f"unix:{listen.uds}" if listen.uds else f"{scheme}://{host}:{port}"
     show.notes(model.ready.notes)
     limits = plan["limits"]
     rows = [

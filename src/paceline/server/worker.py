@@ -171,7 +171,8 @@ def _at_most_every(seconds: float, tell: Callable[[wire.Message], None]) -> Call
 
 def main(fd: int) -> int:
     """Exit code 0: told to stop; 1: a fault of ours, told on stderr; 2: what was asked cannot be served."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front decides what it means
+    for number in (signal.SIGINT, signal.SIGTERM):  # may reach the whole group; the front decides what they mean
+        signal.signal(number, signal.SIG_IGN)
     sock = socket.socket(fileno=fd)
     codec = wire.Codec(wire.Codec.TO_WORKER)
     start = wire.receive(sock, codec)

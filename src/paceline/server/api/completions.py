@@ -150,7 +150,7 @@ class _Completion:
             choice = {
                 "index": i,
                 "text": text,
-                "logprobs": None if self.body.logprobs is None else self.logprobs(scored, 0),
+                "logprobs": None if self.body.logprobs is None else self.logprobs(scored, 0, self.prompt_of(i)[0]),
                 "finish_reason": done.finish_reason or "length",
                 "stop_reason": done.stop_reason,
             }
@@ -168,13 +168,11 @@ class _Completion:
         end = self.answer.ended[choice // self.answer.params.n]
         return list((end.prompt_logprobs if end is not None else None) or [])
 
-    def logprobs(self, scored: Sequence[TokenLogprob | None], start: int) -> dict[str, Any]:
-        """OpenAI's four parallel lists; the first token of a prompt has no probability. start: characters before."""
-        prompt = iter(self.prompt_of(0)) if scored and scored[0] is None else iter(())
+    def logprobs(self, scored: Sequence[TokenLogprob | None], start: int, first: int = -1) -> dict[str, Any]:
+        """OpenAI's four parallel lists. start: characters before; first: the prompt's first token, which has no probability."""
         tokens, own, tops, offsets = [], [], [], []
         for lp in scored:
-            token = next(prompt, -1) if lp is None else lp.token
-            text = self.model.text_of(token)
+            text = self.model.text_of(first if lp is None else lp.token)
             tokens.append(text)
             own.append(None if lp is None else lp.logprob)
             tops.append(
