@@ -126,8 +126,8 @@ class Guard:
         headers: Headers = scope["headers"]
         state = scope.setdefault("state", {})
         request_id = state["request_id"] = _request_id(headers)
-        answer = _Answer(send, request_id)
         body = _Body(receive, self.rules, _has_body(headers))
+        answer = _Answer(send, request_id, body)
         self.n_running += 1
         try:
             preflight = self._check(scope, headers, answer)
@@ -148,8 +148,6 @@ class Guard:
             return
         if answer.started:
             raise e
-        if not body.complete and body.announced:  # or the rest would be read and thrown away
-            error.headers["connection"] = "close"
         await render(error)(scope, body, answer)
 
     def _check(self, scope: Scope, headers: Headers, answer: _Answer) -> Response | None:
@@ -245,8 +243,8 @@ class _Body:
 class _Answer:
     """`send`, with the headers that every answer carries. Bodies pass as they come."""
 
-    def __init__(self, send: Send, request_id: str):
-        self.send, self.request_id = send, request_id
+    def __init__(self, send: Send, request_id: str, body: _Body):
+        self.send, self.request_id, self.body = send, request_id, body
         self.origin: str | None = None
         self.started = self.ended = False
 
@@ -269,6 +267,10 @@ class _Answer:
         page = kind.startswith("text/html")
         found = {"x-request-id": self.request_id, **ALWAYS, "cache-control": "no-cache" if page else "no-store"}
         found["content-security-policy"] = PAGE_CSP.format(script="'self'", style="'self'") if page else API_CSP
+        if (
+            self.body.announced and not self.body.complete
+        ):  # answered before it was read: or the server would read all of it
+            found["connection"] = "close"
         if kind.startswith("text/event-stream"):
             found["x-accel-buffering"] = "no"  # or nginx collects the stream
         if self.origin:

@@ -81,7 +81,7 @@ def new_key() -> str:
 
 
 def digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
 def make(name: str, now: float | None = None, **options: Any) -> tuple[str, Record]:
