@@ -420,7 +420,9 @@ def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
     assert [k["name"] for k in json.loads(listed)["keys"]] == ["alice", "bob"]
     assert keys.digest(key).hex() not in listed
     assert key not in listed
-    assert "alice" in run("list", "--file", file).output
+    table = run("list", "--file", file).output
+    assert "alice" in table
+    assert "60" in table
     assert run("revoke", "alice", "--file", file).exit_code == 0
     ring.refresh()
     assert ring.find(key) is None

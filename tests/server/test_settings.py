@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import string
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,7 @@ def test_secrets_are_neither_printed_nor_told() -> None:
     e = gather({"api_key": ["pk-secret-secret"]}, {})
     assert "pk-secret" not in toml(e)
     assert "1 given, not shown" in toml(e)
+    assert "pk-secret" not in repr(e)
     assert "x y" not in str(problems({"api_key": ["x y"]}))
     with pytest.raises(ConfigError) as told:
         sources.convert(TABLES["access"]["api_key"], 12345678)
@@ -173,6 +175,28 @@ def test_the_printed_file_is_read_back_to_the_same(tmp_path_factory: Any, flags:
     e = gather(flags, {})
     path = written(tmp_path_factory.mktemp("config"), toml(e))
     assert gather({}, {}, path) == e
+
+
+ANY = st.one_of(
+    st.text(string.printable + "ü\x00", max_size=20),
+    st.sampled_from(["0", "-1", "1e999", "nan", "9" * 30, "tcp://x", "=", "a=b a=c", "[::", "http://["]),
+)
+NAMES = [(t, k) for t in TABLES for k in TABLES[t] if k not in ("recipe",)]
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(NAMES), st.one_of(ANY, st.integers(), st.booleans(), st.lists(ANY, max_size=3)), max_size=6
+    )
+)
+def test_any_values_are_taken_or_refused(given_values: dict[tuple[str, str], Any]) -> None:
+    flags = {k: v for (_, k), v in given_values.items()}
+    for source in (
+        lambda: gather(flags, {}),
+        lambda: gather({}, {f"PACELINE_{k.upper()}": str(v) for k, v in flags.items()}),
+    ):
+        with contextlib.suppress(ConfigError):
+            assert source().settings.problems() == []
 
 
 def test_text_survives_the_printed_file(tmp_path: Path) -> None:
