@@ -39,6 +39,18 @@ def describe(record: Any) -> dict[str, Any]:
     return row
 
 
+def limits(row: dict[str, Any]) -> str:
+    """Priority and quotas in words."""
+    counts = {
+        "requests_per_minute": "requests/min",
+        "tokens_per_minute": "tokens/min",
+        "tokens_per_day": "tokens/day",
+        "max_concurrent": "at once",
+    }
+    parts = [f"{row[name]} {text}" for name, text in counts.items() if row[name] is not None]
+    return ", ".join([*([f"priority {row['priority']}"] if row["priority"] else []), *parts])
+
+
 def replace(path: Path, records: Any, seen: Any) -> None:
     """Write unless somebody else did meanwhile."""
     from paceline.server import keys
@@ -109,28 +121,15 @@ def register(app: typer.Typer) -> None:
         if json:
             show.print_json({"file": str(path), "keys": rows})
             return
-        columns = (
-            "name",
-            "created",
-            "expires",
-            "priority",
-            "requests/min",
-            "tokens/min",
-            "tokens/day",
-            "at once",
-            "models",
-            "admin",
-        )
-        counts = ("requests_per_minute", "tokens_per_minute", "tokens_per_day", "max_concurrent")
+        columns = ("name", "created", "expires", "limits", "models", "rights")
         table = [
             (
                 r["name"],
                 keys.day(r["created"]),
                 keys.day(r["expires"]) + (" (expired)" if r["expired"] else ""),
-                r["priority"],
-                *(r[c] or "" for c in counts),
+                limits(r),
                 ", ".join(r["models"]) or "all",
-                "yes" if r["admin"] else "",
+                "admin" if r["admin"] else "",
             )
             for r in rows
         ]

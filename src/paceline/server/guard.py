@@ -29,6 +29,9 @@ from paceline.server.errors import ApiError, from_exception, render
 
 log = logging.getLogger("paceline.server")
 
+_ONCE = frozenset(
+    b"host origin content-length content-type content-encoding sec-fetch-site sec-fetch-mode access-control-request-method".split()
+)
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _JSON = re.compile(r"application/json\s*(;.*)?", re.IGNORECASE | re.DOTALL)
@@ -38,20 +41,31 @@ PAGE_CSP = (
     "form-action 'none'; frame-ancestors 'none'"
 )
 API_CSP = "default-src 'none'; frame-ancestors 'none'"
-ALWAYS = {
-    "x-content-type-options": "nosniff",
-    "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",
-    "cross-origin-resource-policy": "same-origin",
-}
-CORS = {
+
+
+def _lines(*lines: str) -> tuple[tuple[bytes, bytes], ...]:
+    parts = (line.encode().split(b": ", 1) for line in lines)
+    return tuple((name, value) for name, value in parts)
+
+
+ALWAYS = _lines(
+    "x-content-type-options: nosniff",
+    "x-frame-options: DENY",
+    "referrer-policy: no-referrer",
+    "cross-origin-resource-policy: same-origin",
+)
+API = (*ALWAYS, *_lines("cache-control: no-store", f"content-security-policy: {API_CSP}"))
+PAGE = (
+    *ALWAYS,
+    *_lines("cache-control: no-cache", "content-security-policy: " + PAGE_CSP.format(script="'self'", style="'self'")),
+)
+PREFLIGHT = {
     "access-control-allow-methods": "GET, POST, DELETE, OPTIONS",
     "access-control-allow-headers": "authorization, content-type, x-api-key, api-key, x-request-id, anthropic-version, anthropic-beta",
     "access-control-max-age": "600",
 }
-EXPOSED = "x-request-id, retry-after, " + ", ".join(
-    f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset")
-)
+EXPOSED = [f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset")]
+CORS = _lines("vary: Origin", "access-control-expose-headers: " + ", ".join(["x-request-id", "retry-after", *EXPOSED]))
 
 
 @dataclass(frozen=True)
@@ -126,8 +140,8 @@ class Guard:
         headers: Headers = scope["headers"]
         state = scope.setdefault("state", {})
         request_id = state["request_id"] = _request_id(headers)
-        answer = _Answer(send, request_id)
         body = _Body(receive, self.rules, _has_body(headers))
+        answer = _Answer(send, request_id, body, scope["http_version"].startswith("1"))
         self.n_running += 1
         try:
             preflight = self._check(scope, headers, answer)
@@ -148,8 +162,6 @@ class Guard:
             return
         if answer.started:
             raise e
-        if not body.complete and body.announced:  # or the rest would be read and thrown away
-            error.headers["connection"] = "close"
         await render(error)(scope, body, answer)
 
     def _check(self, scope: Scope, headers: Headers, answer: _Answer) -> Response | None:
@@ -157,14 +169,14 @@ class Guard:
         rules, path = self.rules, route_path(scope)
         if len(headers) > rules.max_headers or sum(len(n) + len(v) for n, v in headers) > rules.max_header_bytes:
             raise ApiError(
-                431, f"at most {rules.max_headers} headers and {rules.max_header_bytes} bytes of them are read"
+                431, f"at most {rules.max_headers} headers, {rules.max_header_bytes} bytes together, are read"
             )
         if not _plain_path(path):
             raise ApiError(404, "there is no such route")
-        origin = self._origin(headers)
-        answer.origin = origin
-        if scope["method"] == "OPTIONS" and origin and _one(headers, b"access-control-request-method"):
-            return Response(status_code=204, headers=CORS)
+        given = _single(headers)
+        answer.origin = self._origin(given)
+        if scope["method"] == "OPTIONS" and answer.origin and given.get(b"access-control-request-method"):
+            return Response(status_code=204, headers=PREFLIGHT)
         if path in rules.public and scope["method"] in ("GET", "HEAD"):
             return None
         if self.n_running > rules.max_requests:
@@ -174,42 +186,40 @@ class Guard:
         scope["state"]["identity"] = identity
         if not identity.admin and any((path + "/").startswith(prefix) for prefix in rules.admin):
             raise ApiError(403, "this route needs the key of an administrator")
-        self._check_body(scope["method"], headers)
+        if scope["method"] not in _SAFE:
+            self._check_body(given, answer.body.announced)
         return None
 
-    def _origin(self, headers: Headers) -> str | None:
+    def _origin(self, given: Mapping[bytes, str]) -> str | None:
         """The web origin that asks, if it is one that may read answers. Raises ApiError for a wrong host or a foreign page."""
-        host = _one(headers, b"host")
+        host = given.get(b"host", "")
         name = _split(host)[0]
-        if (
-            self.rules.hosts is not None
-            and name not in self.rules.hosts
-            and not (self.rules.addresses and _is_address(name))
-        ):
+        hosts, addressed = self.rules.hosts, self.rules.addresses and _is_address(name)
+        if hosts is not None and name not in hosts and not addressed:
             raise ApiError(
                 421, "this server does not answer for the host addressed; --allowed-hosts names further ones"
             )
-        origin = _one(headers, b"origin").lower()
-        if origin in self.rules.origins and origin:
+        origin = given.get(b"origin", "").lower()
+        if origin in self.rules.origins:
             return origin
-        foreign = origin and not _same(origin, host)
-        if foreign or (not origin and _one(headers, b"sec-fetch-site") in ("cross-site", "same-site")):
-            if not foreign and _one(headers, b"sec-fetch-mode") == "navigate":
-                return None  # somebody followed a link to the status page
+        embedded = (
+            given.get(b"sec-fetch-site") in ("cross-site", "same-site") and given.get(b"sec-fetch-mode") != "navigate"
+        )
+        if (origin and not _same(origin, host)) or (embedded and not origin):  # a link that somebody follows is neither
             raise ApiError(403, "pages of this origin may not use this server; --cors-origins names those that may")
         return None
 
-    def _check_body(self, method: str, headers: Headers) -> None:
-        length = _one(headers, b"content-length")
+    def _check_body(self, given: Mapping[bytes, str], announced: bool) -> None:
+        length = given.get(b"content-length", "")
         if length and not re.fullmatch(r"[0-9]{1,18}", length):
             raise ApiError(400, "content-length must be a number of bytes")
         if length and int(length) > self.rules.max_body:
             raise _too_large(self.rules.max_body)
-        if method in _SAFE or not _has_body(headers):
+        if not announced:
             return
-        if not _JSON.fullmatch(_one(headers, b"content-type")):
+        if not _JSON.fullmatch(given.get(b"content-type", "")):
             raise ApiError(415, "the body must be JSON, sent with content-type: application/json")
-        if _one(headers, b"content-encoding") not in ("", "identity"):
+        if given.get(b"content-encoding", "") not in ("", "identity"):
             raise ApiError(415, "compressed bodies are not read; send it without content-encoding")
 
 
@@ -226,14 +236,12 @@ class _Body:
         if self.complete:  # what still comes is the end of the connection, whenever that is
             return await self.receive()
         try:
-            left = self.deadline - asyncio.get_running_loop().time() if self.announced else None
-            message = await asyncio.wait_for(self.receive(), left)
+            left = self.deadline - asyncio.get_running_loop().time()
+            message = await (asyncio.wait_for(self.receive(), left) if self.announced else self.receive())
         except asyncio.TimeoutError:
             raise ApiError(408, "the body of the request did not arrive in time") from None
         if message["type"] == "http.request" and message.get("body") and not self.announced:
-            raise ApiError(
-                411, "the length of the body must be announced by content-length"
-            )  # its type was not checked
+            raise ApiError(411, "the length of the body must be announced by content-length")  # its type is unchecked
         if message["type"] == "http.request":
             self.n_bytes += len(message.get("body", b""))
             self.complete = not message.get("more_body", False)
@@ -245,8 +253,8 @@ class _Body:
 class _Answer:
     """`send`, with the headers that every answer carries. Bodies pass as they come."""
 
-    def __init__(self, send: Send, request_id: str):
-        self.send, self.request_id = send, request_id
+    def __init__(self, send: Send, request_id: str, body: _Body, may_close: bool):
+        self.send, self.request_id, self.body, self.may_close = send, request_id, body, may_close
         self.origin: str | None = None
         self.started = self.ended = False
 
@@ -254,29 +262,22 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.started = True
             given = message.get("headers", [])
-            names = {name.lower(): value.decode("latin-1") for name, value in given}
-            extra = [
-                (n.encode(), v.encode("latin-1")) for n, v in self._headers(names).items() if n.encode() not in names
-            ]
-            message = {**message, "headers": [*given, *extra]}
+            names = {name.lower(): value for name, value in given}
+            message = {**message, "headers": [*given, *(h for h in self._headers(names) if h[0] not in names)]}
         elif message["type"] == "http.response.body":
             self.ended = not message.get("more_body", False)
         await self.send(message)
 
-    def _headers(self, given: Mapping[bytes, str]) -> dict[str, str]:
+    def _headers(self, given: Mapping[bytes, bytes]) -> Headers:
         """What is added unless the route itself said otherwise."""
-        kind = given.get(b"content-type", "")
-        page = kind.startswith("text/html")
-        found = {"x-request-id": self.request_id, **ALWAYS, "cache-control": "no-cache" if page else "no-store"}
-        found["content-security-policy"] = PAGE_CSP.format(script="'self'", style="'self'") if page else API_CSP
-        if kind.startswith("text/event-stream"):
-            found["x-accel-buffering"] = "no"  # or nginx collects the stream
+        kind = given.get(b"content-type", b"")
+        found = [(b"x-request-id", self.request_id.encode()), *(PAGE if kind.startswith(b"text/html") else API)]
+        if self.may_close and self.body.announced and not self.body.complete:  # or the server would go on reading it
+            found.append((b"connection", b"close"))
+        if kind.startswith(b"text/event-stream"):
+            found.append((b"x-accel-buffering", b"no"))  # or nginx collects the stream
         if self.origin:
-            found |= {
-                "access-control-allow-origin": self.origin,
-                "access-control-expose-headers": EXPOSED,
-                "vary": "Origin",
-            }
+            found += [(b"access-control-allow-origin", self.origin.encode("latin-1")), *CORS]
         return found
 
 
@@ -295,12 +296,15 @@ def _plain_path(path: str) -> bool:
     return path.startswith("/") and len(path) <= 2048 and not re.search(r"//|/\.\.?(/|$)|\\|[\x00-\x1f\x7f]", path)
 
 
-def _one(headers: Headers, name: bytes) -> str:
-    """The header's value, empty where there is none. Raises ApiError when there are several that could be told apart."""
-    found = {value for key, value in headers if key == name}
-    if len(found) > 1:
-        raise ApiError(400, f"the header {name.decode()} is given more than once")
-    return found.pop().decode("latin-1").strip() if found else ""
+def _single(headers: Headers) -> dict[bytes, str]:
+    """The headers that are read here. Raises ApiError 400 where one of them is given twice with different values."""
+    found: dict[bytes, str] = {}
+    for name, value in headers:
+        if name in _ONCE:
+            text = value.decode("latin-1").strip()
+            if found.setdefault(name, text) != text:
+                raise ApiError(400, f"the header {name.decode()} is given more than once")
+    return found
 
 
 def _request_id(headers: Headers) -> str:

@@ -14,6 +14,7 @@ import secrets
 import stat
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -81,7 +82,7 @@ def new_key() -> str:
 
 
 def digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
 def make(name: str, now: float | None = None, **options: Any) -> tuple[str, Record]:
@@ -123,9 +124,10 @@ def read(path: Path) -> tuple[Record, ...]:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise ConfigError(f"keys file {path}: {e}") from None
     names = [r.name for r in found.keys]
-    problems = [
-        f"keys file {path}: {n!r} is there twice; remove one" for n in sorted({n for n in names if names.count(n) > 1})
-    ]
+    twice = sorted(n for n, count in Counter(names).items() if count > 1)
+    problems = [f"keys file {path}: {n!r} is there twice; remove one" for n in twice]
+    if len({r.sha256 for r in found.keys}) < len(set(names)):
+        problems.append(f"keys file {path}: two names have the same key; revoke one")
     if found.version != 1:
         problems.append(f"keys file {path}: version {found.version} is not known; this Paceline reads version 1")
     if len(names) > MAX_KEYS:

@@ -34,7 +34,8 @@ class Declared:
 
 
 def setting(default: Any, help: str, **rest: Any) -> Any:
-    return field(default=default, metadata={"declared": Declared(help, **rest)})
+    declared = Declared(help, **rest)
+    return field(default=default, repr=not declared.secret, metadata={"declared": declared})
 
 
 @dataclass(frozen=True)

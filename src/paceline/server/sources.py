@@ -191,7 +191,7 @@ def _from_file(path: Path, found: _Found) -> None:
 
 
 def _near(table: str, key: str, is_table: bool) -> str:
-    """A suggestion: in the same table first, then in any."""
+    """A suggestion: the very key in another table, else one like it, in the same table first."""
     if is_table:
         close = difflib.get_close_matches(key, [t for t in TABLES if t], 1)
         return (
@@ -199,7 +199,8 @@ def _near(table: str, key: str, is_table: bool) -> str:
             if close
             else f"; the tables are {', '.join(t for t in TABLES if t)}"
         )
-    for name in (table, *(t for t in TABLES if t != table)):
+    tables = (table, *(t for t in TABLES if t != table))
+    for name in sorted(tables, key=lambda t: key not in TABLES[t]):
         close = difflib.get_close_matches(key, list(TABLES[name]), 1)
         if close:
             place = f" in [{name}]" if name and name != table else " above the tables" if name != table else ""
