@@ -15,6 +15,7 @@ import logging
 import re
 import secrets
 import socket
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -143,6 +144,7 @@ class Guard:
         body = _Body(receive, self.rules, _has_body(headers))
         answer = _Answer(send, request_id, body, scope["http_version"].startswith("1"))
         self.n_running += 1
+        start = time.perf_counter()
         try:
             preflight = self._check(scope, headers, answer)
             await (self.app if preflight is None else preflight)(scope, body, answer)
@@ -152,6 +154,7 @@ class Guard:
             await self._fail(e, scope, body, answer)
         finally:
             self.n_running -= 1
+            _log(scope, answer, time.perf_counter() - start)
 
     async def _fail(self, e: Exception, scope: Scope, body: _Body, answer: _Answer) -> None:
         """The answer to an exception, while there is none yet; afterwards only cutting the connection tells the client."""
@@ -223,6 +226,19 @@ class Guard:
             raise ApiError(415, "compressed bodies are not read; send it without content-encoding")
 
 
+def _log(scope: Scope, answer: _Answer, seconds: float) -> None:
+    """One line a request: who asked for what and how it went, nothing of what was said."""
+    identity = scope["state"].get("identity")
+    extra = {
+        "request": answer.request_id,
+        "status": answer.status if answer.ended else 499,  # the client left before the end
+        "ms": round(1e3 * seconds, 1),
+        "key": identity.name or None if identity is not None else None,
+    }
+    level = logging.DEBUG if scope["method"] == "GET" else logging.INFO
+    log.log(level, "%s %s", scope["method"], route_path(scope)[:200].encode("unicode_escape").decode(), extra=extra)
+
+
 class _Body:
     """`receive`, with a bound on the body's size and on the time it takes to arrive."""
 
@@ -257,10 +273,11 @@ class _Answer:
         self.send, self.request_id, self.body, self.may_close = send, request_id, body, may_close
         self.origin: str | None = None
         self.started = self.ended = False
+        self.status = 0
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.started = True
+            self.started, self.status = True, message["status"]
             given = message.get("headers", [])
             names = {name.lower(): value for name, value in given}
             message = {**message, "headers": [*given, *(h for h in self._headers(names) if h[0] not in names)]}

@@ -53,6 +53,7 @@ def http_server(app: Any, settings: ServeSettings) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
         root_path=listen.root_path,
+        http="h11",  # bounds the size of headers
         log_config=None,
         access_log=False,
         server_header=False,

@@ -241,10 +241,8 @@ class Life(Group):
     """Starting, failing and stopping."""
 
     drain: float = setting(30.0, "On SIGTERM, for running requests to finish.", unit="seconds", low=0, high=86400)
-    max_restarts: int = setting(3, "Restarts of a failed worker within the window before giving up.", low=0, high=1000)
-    restart_window: float = setting(
-        300.0, "The window that restarts are counted in.", unit="seconds", low=1, high=86400
-    )
+    max_restarts: int = setting(10, "Restarts of a failed worker within the window before giving up.", low=0, high=1000)
+    restart_window: float = setting(60.0, "The window that restarts are counted in.", unit="seconds", low=1, high=86400)
 
 
 @dataclass(frozen=True)
