@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Awaitable
 from typing import Any, TypeVar
 
@@ -71,55 +72,67 @@ class EventStream:
             **(headers or {}),
         }
         self._failed = failed or _openai_error
+        self._moved = time.monotonic()  # when a write last began or ended
+        self._writing = False
+        self._given_up = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        left = asyncio.ensure_future(gone(receive))
+        me = asyncio.current_task()
+        assert me is not None
+        guards = [asyncio.ensure_future(self._watch(me, send)), asyncio.ensure_future(self._until_gone(me, receive))]
         try:
             headers = [(k.encode(), v.encode()) for k, v in self._headers.items()]
             await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
-            await self._run(send, left)
+            await self._run(send)
             await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
-        except (ClientGone, asyncio.TimeoutError, OSError):
+        except asyncio.CancelledError:
+            if not self._given_up:
+                raise
+            if hasattr(me, "uncancel"):  # Python 3.11
+                me.uncancel()
+        except OSError:
             pass  # nobody is there to be told
         finally:
-            await _cancel(left)
+            await _cancel(*guards)
             await self._pieces.aclose()
 
-    async def _run(self, send: Send, left: asyncio.Future[None]) -> None:
-        pieces = self._pieces.__aiter__()
-        while True:
-            piece: asyncio.Future[Any] = asyncio.ensure_future(_next(pieces))
-            try:
-                while not piece.done():
-                    await asyncio.wait({piece, left}, timeout=self._keep_alive, return_when=asyncio.FIRST_COMPLETED)
-                    if left.done():
-                        raise ClientGone
-                    if not piece.done():
-                        await self._write(send, KEEP_ALIVE)
-            finally:
-                await _cancel(piece)
-            try:
-                data = piece.result()
-            except (PacelineError, ApiError) as e:
-                await self._write(send, self._failed(from_exception(e)))
-                return
-            if data is None:
-                return
-            await self._write(send, data)
+    async def _run(self, send: Send) -> None:
+        try:
+            async for data in self._pieces:
+                await self._write(send, data)
+        except (PacelineError, ApiError) as e:
+            await self._write(send, self._failed(from_exception(e)))
 
     async def _write(self, send: Send, data: bytes) -> None:
         await self._send(send, {"type": "http.response.body", "body": data, "more_body": True})
 
     async def _send(self, send: Send, message: Any) -> None:
-        await asyncio.wait_for(send(message), self._write_timeout)
+        self._writing = True
+        self._moved = time.monotonic()
+        await send(message)
+        self._writing = False
+        self._moved = time.monotonic()
 
+    async def _watch(self, me: asyncio.Task[Any], send: Send) -> None:
+        """Beside the stream, so that a piece costs no timer of its own: fill silences, and give up a reader who takes nothing."""
+        while True:
+            still = time.monotonic() - self._moved
+            limit = self._write_timeout if self._writing else self._keep_alive
+            if still < limit:
+                await asyncio.sleep(min(limit - still, self._keep_alive))
+            elif self._writing:
+                self._give_up(me)
+                return
+            else:
+                await self._write(send, KEEP_ALIVE)
 
-async def _next(pieces: Any) -> bytes | None:
-    try:
-        piece: bytes = await pieces.__anext__()
-    except StopAsyncIteration:
-        return None
-    return piece
+    async def _until_gone(self, me: asyncio.Task[Any], receive: Receive) -> None:
+        await gone(receive)
+        self._give_up(me)
+
+    def _give_up(self, me: asyncio.Task[Any]) -> None:
+        self._given_up = True
+        me.cancel()
 
 
 async def _cancel(*tasks: asyncio.Future[Any]) -> None:
