@@ -150,7 +150,7 @@ class StreamText:
     """Detokeniser and stop scanner of one completion (`core.engine.TextStream`)."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams):
-        self._words = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
+        self._words = Detokenizer(tokenizer, params.skip_special_tokens, params.show_special)
         self._scanner = StopScanner(params.stop, include_stop=params.include_stop) if params.stop else None
         self._stopped = False
 

@@ -45,11 +45,12 @@ class Detokenizer:
     """Incremental `tokenizer.decode`: the pushes and `finish` joined are the text of all ids.
 
     A push returns only text that no later token can change. One object per sequence.
+    show_special: special tokens that are not skipped.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, show_special: Iterable[int] = ()):
         self._piece = tokenizer.piece
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skip = tokenizer.special_ids.difference(show_special) if skip_special_tokens else frozenset()
         self._stream = tokenizer.scheme.open()
 
     def push(self, ids: Iterable[int]) -> str:

@@ -45,6 +45,7 @@ class SamplingParams:
     logprobs: int | None = None  # how many alternatives with each chosen token; None: none, not even the chosen one's
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    show_special: Sequence[int] = ()  # ids that stay in the text all the same: markers that a parser looks for
 
     @cached_property
     def adjusts(self) -> bool:
@@ -57,6 +58,7 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "show_special", tuple(self.show_special))
         problems = list(self._problems())
         if problems:
             raise RequestError("; ".join(problems))
@@ -87,8 +89,10 @@ class SamplingParams:
                 yield from number(name, 0, MAX_LOGPROBS, integer=True)
         if len(self.stop) > MAX_STOPS or any(not isinstance(s, str) or not s or len(s) > 1024 for s in self.stop):
             yield f"stop: at most {MAX_STOPS} non-empty strings of at most 1024 characters"
-        if len(self.stop_token_ids) > MAX_STOPS or any(not isinstance(t, int) or t < 0 for t in self.stop_token_ids):
-            yield f"stop_token_ids: at most {MAX_STOPS} non-negative integers"
+        for name in ("stop_token_ids", "show_special"):
+            ids = getattr(self, name)
+            if len(ids) > MAX_STOPS or any(not isinstance(t, int) or t < 0 for t in ids):
+                yield f"{name}: at most {MAX_STOPS} non-negative integers"
         if len(self.logit_bias) > MAX_BIAS or any(
             not isinstance(t, int) or t < 0 or not -100 <= b <= 100 for t, b in self.logit_bias.items()
         ):
