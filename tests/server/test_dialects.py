@@ -27,9 +27,8 @@ from paceline.checkpoints.vocab import Vocabulary
 from paceline.core.errors import ConfigError, RequestError
 from paceline.core.types import SamplingParams
 from paceline.server.dialects import added, detect, get, names, reads_parts, visible
-from paceline.server.dialects.base import (
-    MAX_CALLS,
-    MAX_DEPTH,
+from paceline.server.dialects.base import Parser
+from paceline.server.dialects.events import (
     Answer,
     CallArguments,
     CallBroken,
@@ -37,12 +36,12 @@ from paceline.server.dialects.base import (
     CallStart,
     Content,
     Event,
-    Parser,
     collect,
 )
-from paceline.server.dialects.grammar import Function, chosen, constraint, functions
+from paceline.server.dialects.grammar import MAX_CALLS, Function, chosen, constraint, functions
 from paceline.server.dialects.messages import conversation
-from paceline.server.dialects.reasoning import TAGS, Reasoning, opens_reasoning, tags
+from paceline.server.dialects.reading import MAX_DEPTH
+from paceline.server.dialects.reasoning import TAGS, ReasoningParser, opens_reasoning, tags
 
 CALLING = ("hermes", "json", "llama3", "mistral")
 THINK = TAGS[0]
@@ -263,7 +262,7 @@ several = st.lists(st.tuples(function_names, json_objects), min_size=1, max_size
 
 def parsers(name: str) -> list[Parser]:
     made = get(name)
-    return [made(), made(["f"]), Reasoning(made(), THINK), Reasoning(made(), THINK, open=True)]
+    return [made(), made(["f"]), ReasoningParser(made(), THINK), ReasoningParser(made(), THINK, open=True)]
 
 
 def shape(told: list[Event]) -> list[Any]:
@@ -304,7 +303,7 @@ def test_no_text_is_lost(name: str, text: str) -> None:
     assert found.content.count("x") + taken <= text.count("x")
     for call in found.calls:
         assert isinstance(jsonlib.loads(call.arguments), dict)
-    said = collect(events(Reasoning(get(name)(), THINK, open=True), text))
+    said = collect(events(ReasoningParser(get(name)(), THINK, open=True), text))
     if not said.calls:
         said_text = (said.reasoning + said.content).replace("\n", "").replace(" ", "")
         bare = "".join(text.split())
@@ -345,8 +344,8 @@ def test_a_text_broken_off_keeps_its_whole_calls(name: str, told: Any, data: st.
 
 
 def think(text: str, open: bool = False, name: str = "hermes") -> Answer:
-    found = collect(events(Reasoning(get(name)(), THINK, open), text))
-    again = collect(events(Reasoning(get(name)(), THINK, open), text, list(range(len(text)))))
+    found = collect(events(ReasoningParser(get(name)(), THINK, open), text))
+    again = collect(events(ReasoningParser(get(name)(), THINK, open), text, list(range(len(text)))))
     assert (found.content, found.reasoning) == (again.content, again.reasoning)
     return found
 
@@ -417,6 +416,8 @@ def test_the_dialect_is_seen_in_the_template() -> None:
     assert detect({"default": "plain", "tool_use": HERMES_TEMPLATE}) == "hermes"
     assert detect("{# tools #}<tool_call>\n<function=name>") == "plain"  # XML in Hermes's markers
     assert detect('{% if tools %}Answer {"name": ..., "arguments": ...}{% endif %}') == "json"
+    assert detect('{# tools #}<|im_start|>{{ "Answer [{\\"name\\": ..., \\"arguments\\": ...}]" }}') == "json"
+    assert detect('{# tools #}<|tool_call|>[{"name": ..., "arguments": ...}]') == "plain"
     assert detect("{# tools #}<|tool_call_begin|>") == "plain"
     assert detect(None) == "plain"
     assert tags(HERMES_TEMPLATE) == THINK
@@ -470,7 +471,8 @@ def test_messages_are_normalised() -> None:
     chat = conversation(CHAT)
     assert [m["role"] for m in chat] == ["system", "user", "assistant", "tool"]
     assert chat[1]["content"] == "Weather in\nParis?"
-    assert set(chat[2]) == {"role", "tool_calls"}
+    assert set(chat[2]) == {"role", "content", "tool_calls"}
+    assert chat[2]["content"] == ""
     assert chat[2]["tool_calls"][0]["function"]["arguments"] == {"city": "Orléans", "n": [1]}
     assert chat[3]["name"] == "weather"
     assert conversation(CHAT[:1], keep_parts=True)[0]["content"] == [{"type": "text", "text": "Be brief."}]

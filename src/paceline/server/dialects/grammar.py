@@ -204,4 +204,7 @@ def _regex(text: str) -> str:
 def _schema(function: Function) -> str:
     """Keywords that llguidance does not know are an error for a strict function, and left out for another."""
     layout = {**_LAYOUT, "lenient": not function.strict}
-    return json.dumps({**function.parameters, "type": "object", "x-guidance": layout})
+    try:
+        return json.dumps({**function.parameters, "type": "object", "x-guidance": layout}, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as e:
+        raise RequestError(f"tools: the parameters of {function.name} are no JSON schema ({str(e)[:80]})") from e
