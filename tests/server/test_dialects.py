@@ -91,6 +91,8 @@ FORMATS: list[tuple[str, str, list[Any], str]] = [
     ("llama3", '{"name": "f", "parameters": {"a": 1}}', [F], ""),
     ("llama3", '<|python_tag|>{"type": "function", "name": "f", "parameters": {"a": 1}}', [F], ""),
     ("llama3", '\n{"name": "f", "parameters": {"a": 1}}; {"name": "f", "parameters": {"a": 1}}', [F, F], ""),
+    ("llama3", '{"name": "f", "parameters": {"a": 1}};\n', [F], ""),
+    ("llama3", '{"name": "f", "parameters": {"a": 1}} done', [F], "done"),
     ("llama3", 'I call <|python_tag|>{"name": "f", "arguments": {"a": 1}}', [F], "I call"),
     ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}, "id": "abcdefghi"}]', [F], ""),
     ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}, {"name": "f", "arguments": {"a": 1}}]', [F, F], ""),

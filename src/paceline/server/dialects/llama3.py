@@ -37,12 +37,13 @@ class Llama3(Parser):
                 yield from self._input.space()
                 yield from self._object()
                 yield from self._input.space()
-                separated = yield from self._input.skip(";")
+                yield from self._input.skip(";")
                 yield from self._input.space()
-                if not (yield from self._input.more()) or self._input.text[self._input.at] != "{":
+                if not (yield from self._input.more()):
+                    self._input.held.clear()
                     break
-            if not separated:
-                self._input.held.clear()
+                if self._input.text[self._input.at] != "{":
+                    break
         except Malformed:
             pass
         self._give_back()
