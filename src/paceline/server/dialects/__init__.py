@@ -3,7 +3,7 @@
 A server asks `detect` which dialect a model's template has, or takes an option's; then, for each request,
 
     dialect = get(name)
-    parser = dialect(names of the tools)              # or Reasoning(dialect(...), tags, open=opens_reasoning(prompt))
+    parser = dialect(names of the tools)              # or ReasoningParser(dialect(...), tags, opens_reasoning(prompt, tags))
     for text in stream: events = parser.push(text)
     events = parser.finish()
 """
@@ -23,8 +23,12 @@ from paceline.server.dialects.base import Parser
 if TYPE_CHECKING:
     from paceline.checkpoints.tokenizer import Tokenizer
 
-_SHARED = {"base", "grammar", "messages", "reasoning"}
+_SHARED = {"base", "events", "grammar", "messages", "reading", "reasoning"}
 _XML = ("<function=", "<arg_key>", "<tool_call_name>")  # models that write no JSON between Hermes's markers
+_JSON = re.compile(r"""["']name\\?["'].{0,200}["'](?:arguments|parameters)\\?["']""", re.DOTALL)
+_OTHER = re.compile(
+    r"<[|｜/]?[^<>\n]{0,20}(?:tool|function|action)", re.IGNORECASE
+)  # markers of dialects not known here
 _OVER_PARTS = re.compile(r"for\s+\w+\s+in\s+\w+(?:\.content|\[['\"]content['\"]\])")
 
 
@@ -58,9 +62,7 @@ def detect(template: str | Mapping[str, str] | None) -> str:
         return "plain" if any(mark in source for mark in _XML) else "hermes"
     if "<|python_tag|>" in source or ("ipython" in source and '"parameters"' in source):
         return "llama3"
-    if '"name"' in source and ('"arguments"' in source or '"parameters"' in source) and "<|" not in source:
-        return "json"
-    return "plain"
+    return "json" if _JSON.search(source) and not _OTHER.search(source) else "plain"
 
 
 def reads_parts(template: str | Mapping[str, str] | None) -> bool:

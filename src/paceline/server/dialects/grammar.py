@@ -151,7 +151,7 @@ def constraint(
 def _calls(form: Form, parallel: bool, tokens: Mapping[str, int], skip: int = 0) -> str:
     """All calls, without the first `skip` characters."""
     more = f"({_literal(form.between, tokens)} call){{0,{MAX_CALLS - 1}}}" if parallel else ""
-    tag = f"{_literal(form.tag, tokens)}?" if form.tag in tokens else ""
+    tag = f"{_literal(form.tag, tokens)}?" if form.tag and form.tag in tokens else ""
     return f"{tag} {_literal(form.first[skip:], tokens)} call {more} {_literal(form.last, tokens)}"
 
 
@@ -204,4 +204,7 @@ def _regex(text: str) -> str:
 def _schema(function: Function) -> str:
     """Keywords that llguidance does not know are an error for a strict function, and left out for another."""
     layout = {**_LAYOUT, "lenient": not function.strict}
-    return json.dumps({**function.parameters, "type": "object", "x-guidance": layout})
+    try:
+        return json.dumps({**function.parameters, "type": "object", "x-guidance": layout}, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as e:
+        raise RequestError(f"tools: the parameters of {function.name} are no JSON schema ({str(e)[:80]})") from e

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from paceline.server.dialects.base import Malformed, Parser, Reading
+from paceline.server.dialects.base import Parser
 from paceline.server.dialects.grammar import Form
+from paceline.server.dialects.reading import Malformed, Reading
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 
@@ -25,13 +26,13 @@ class Hermes(Parser):
     def _run(self) -> Reading[None]:
         while (yield from self._until(BEGIN)):
             try:
-                yield from self._space()
+                yield from self._input.space()
                 yield from self._object()
             except Malformed:
                 ended = self._call.ended
                 self._give_back()
                 if not ended:
                     continue
-            yield from self._space()
-            yield from self._skip(END)
-            self._held.clear()
+            yield from self._input.space()
+            yield from self._input.skip(END)
+            self._input.held.clear()

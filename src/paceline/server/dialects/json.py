@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from paceline.server.dialects.base import Malformed, Parser, Reading, _Open
+from paceline.server.dialects.base import OpenCall, Parser
 from paceline.server.dialects.grammar import Form
+from paceline.server.dialects.reading import Malformed, Reading
 
 
 class Json(Parser):
@@ -21,16 +22,16 @@ class Json(Parser):
         return Form('{"name": ', ', "arguments": ', "}", first=first, between=", ", last=last)
 
     def _run(self) -> Reading[None]:
-        yield from self._space()
+        yield from self._input.space()
         try:
-            if (yield from self._more()) and self._text[self._at] in "{[":
-                yield from self._list() if self._text[self._at] == "[" else self._object()
+            if (yield from self._input.more()) and self._input.text[self._input.at] in "{[":
+                yield from self._list() if self._input.text[self._input.at] == "[" else self._object()
         except Malformed:
             self._give_back()
         yield from self._until(None)
 
-    def _member(self, call: _Open, key: str) -> Reading[None]:
-        if key != "tool_calls" or self._wrapped or call != _Open():
+    def _member(self, call: OpenCall, key: str) -> Reading[None]:
+        if key != "tool_calls" or self._wrapped or call != OpenCall():
             yield from super()._member(call, key)
             return
         self._wrapped = True

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from paceline.server.dialects.base import Malformed, Parser, Reading
+from paceline.server.dialects.base import Parser
 from paceline.server.dialects.grammar import Form
+from paceline.server.dialects.reading import Malformed, Reading
 
 TAG = "<|python_tag|>"
 
@@ -24,8 +25,8 @@ class Llama3(Parser):
         return Form('{"name": ', ', "parameters": ', "}", between="; ", tag=TAG)
 
     def _run(self) -> Reading[None]:
-        yield from self._space()
-        if (yield from self._more()) and self._text[self._at] == "{":
+        yield from self._input.space()
+        if (yield from self._input.more()) and self._input.text[self._input.at] == "{":
             yield from self._calls()
         while (yield from self._until(TAG)):
             yield from self._calls()
@@ -33,15 +34,16 @@ class Llama3(Parser):
     def _calls(self) -> Reading[None]:
         try:
             while True:
-                yield from self._space()
+                yield from self._input.space()
                 yield from self._object()
-                yield from self._space()
-                separated = yield from self._skip(";")
-                yield from self._space()
-                if not (yield from self._more()) or self._text[self._at] != "{":
+                yield from self._input.space()
+                yield from self._input.skip(";")
+                yield from self._input.space()
+                if not (yield from self._input.more()):
+                    self._input.held.clear()
                     break
-            if not separated:
-                self._held.clear()
+                if self._input.text[self._input.at] != "{":
+                    break
         except Malformed:
             pass
         self._give_back()

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from paceline.core.errors import RequestError
-from paceline.server.dialects.base import MAX_CALLS
+from paceline.server.dialects.grammar import MAX_CALLS
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXT = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # part type -> its field
@@ -71,10 +71,8 @@ class _Reader:
             out["content"] = self._content(out["content"], f"{where}.content")
         elif role != "assistant":
             self._wrong(f"{where}.content: is missing")
-        elif "refusal" in out:
-            out["content"] = self._content(out["refusal"], f"{where}.refusal")
-        elif "tool_calls" not in out:
-            out["content"] = self._content("", where)
+        else:  # not left out: more templates add it to a text than ask whether it is there
+            out["content"] = self._content(out.get("refusal", ""), f"{where}.refusal")
         out.pop("refusal", None)
         return self._result(out, where) if role == "tool" else out
 

@@ -11,8 +11,9 @@ import secrets
 import string
 from collections.abc import Collection
 
-from paceline.server.dialects.base import MAX_NAME, Malformed, Parser, Reading, _Open
+from paceline.server.dialects.base import MAX_NAME, OpenCall, Parser
 from paceline.server.dialects.grammar import Form
+from paceline.server.dialects.reading import Malformed, Reading
 
 BEGIN, ID, ARGUMENTS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 _NAME = re.compile(r"[^\[\]{}\s]+")
@@ -43,8 +44,8 @@ class Mistral(Parser):
     def _run(self) -> Reading[None]:
         while (yield from self._until(BEGIN)):
             try:
-                yield from self._space()
-                first = yield from self._peek()
+                yield from self._input.space()
+                first = yield from self._input.peek()
                 if first == "[":
                     yield from self._list()
                 elif first == "{":
@@ -55,23 +56,23 @@ class Mistral(Parser):
                 self._give_back()
 
     def _named(self) -> Reading[None]:
-        call = self._call = _Open()
+        call = self._call = OpenCall()
         name = yield from self._word(MAX_NAME)
-        yield from self._space()
-        if (yield from self._skip(ID)):
+        yield from self._input.space()
+        if (yield from self._input.skip(ID)):
             call.id = yield from self._word(64)
-            yield from self._space()
-        yield from self._skip(ARGUMENTS)
-        yield from self._space()
-        if (yield from self._peek()) != "{":
+            yield from self._input.space()
+        yield from self._input.skip(ARGUMENTS)
+        yield from self._input.space()
+        if (yield from self._input.peek()) != "{":
             raise Malformed
         call.name = name
         yield from self._arguments(call)
 
     def _word(self, most: int) -> Reading[str]:
         word = ""
-        while (yield from self._more()) and (found := _NAME.match(self._text, self._at)):
-            word += self._take(found.end() - self._at)
+        while (yield from self._input.more()) and (found := _NAME.match(self._input.text, self._input.at)):
+            word += self._input.take(found.end() - self._input.at)
             if len(word) > most:
                 raise Malformed
         if not word:

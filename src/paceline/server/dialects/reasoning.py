@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from paceline.server.dialects.base import Parser, Reading
-from paceline.server.dialects.base import Reasoning as Piece
+from paceline.server.dialects.base import Parser
+from paceline.server.dialects.events import Reasoning
+from paceline.server.dialects.reading import Reading
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def opens_reasoning(prompt: str, tags: Tags | None) -> bool:
     return tags is not None and prompt.rstrip().endswith(tags.open)
 
 
-class Reasoning(Parser):
+class ReasoningParser(Parser):
     """Tells thoughts, and gives what follows to the parser `inner`.
 
     open: the answer begins with thoughts, with or without the tag. Without `open` it does if it begins with the tag.
@@ -53,22 +54,22 @@ class Reasoning(Parser):
         self._open = open
 
     def _run(self) -> Reading[None]:
-        yield from self._space()
-        tagged = yield from self._skip(self._tags.open)
+        yield from self._input.space()
+        tagged = yield from self._input.skip(self._tags.open)
         if tagged or self._open:
-            self._held.clear()
+            self._input.held.clear()
             if (yield from self._thoughts()):
-                self._held.clear()
-                while (yield from self._skip("\n")):
-                    self._held.clear()
-        self._events += self._inner.push("".join(self._held))
-        self._held.clear()
-        while (yield from self._more()):
-            self._events += self._inner.push(self._text[self._at :])
-            self._at = len(self._text)
+                self._input.held.clear()
+                while (yield from self._input.skip("\n")):
+                    self._input.held.clear()
+        self._events += self._inner.push("".join(self._input.held))
+        self._input.held.clear()
+        while (yield from self._input.more()):
+            self._events += self._inner.push(self._input.text[self._input.at :])
+            self._input.at = len(self._input.text)
         self._events += self._inner.finish()
 
     def _thoughts(self) -> Reading[bool]:
-        self._kind = Piece
+        self._kind = Reasoning
         self._strip = True  # whitespace before them
         return (yield from self._until(self._tags.close))
