@@ -15,7 +15,8 @@ from paceline.server import dialects
 from paceline.server.answer import Answer
 from paceline.server.api.base import Call
 from paceline.server.dialects import grammar, messages, reasoning
-from paceline.server.dialects.base import CallEnd, Event, Parser, Reasoning
+from paceline.server.dialects.base import Parser
+from paceline.server.dialects.events import CallEnd, Event, Reasoning
 from paceline.server.errors import ApiError
 from paceline.server.models import Model
 
@@ -96,7 +97,7 @@ async def prepare(call: Call, model: Model, asked: Asked) -> Turn:
     allowed, _ = grammar.chosen(functions, asked.tool_choice)
     if allowed and front.dialect == "plain":
         raise ApiError(400, "tools: this model's chat template has no known way to call tools", param="tools")
-    dialect = dialects.get(front.dialect)
+    dialect = dialects.get(front.dialect if allowed else "plain")
     chat = messages.conversation(asked.messages, call_id=dialect.call_id, keep_parts=front.reads_parts)
     prompt = await model.render(
         chat,
@@ -111,8 +112,7 @@ async def prepare(call: Call, model: Model, asked: Asked) -> Turn:
     if asked.truncate is not None:
         tokens = tokens[-asked.truncate :]
     params = _constrained(model, prompt, asked, functions, dialect)
-    if allowed:
-        params = params.with_(show_special=dialects.visible(model.tokenizer, dialect.markers))
+    params = params.with_(show_special=dialects.visible(model.tokenizer, _marks(model, dialect)))
     return Turn(call, model, prompt, tokens, params, asked, {f.name for f in allowed})
 
 
@@ -120,7 +120,7 @@ def _constrained(model: Model, prompt: str, asked: Asked, functions: Any, dialec
     """The sampling with what calls must look like."""
     tags = model.front.tags
     inside = reasoning.opens_reasoning(prompt, tags)
-    tokens = dialects.added(model.tokenizer, (*dialect.markers, *((tags.open, tags.close) if tags else ())))
+    tokens = dialects.added(model.tokenizer, _marks(model, dialect))
     lark = grammar.constraint(
         dialect, functions, asked.tool_choice, parallel=asked.parallel_calls, tokens=tokens, tags=tags, inside=inside
     )
@@ -131,7 +131,13 @@ def _constrained(model: Model, prompt: str, asked: Asked, functions: Any, dialec
     return asked.params.with_(constraint=Constraint("grammar", lark))
 
 
+def _marks(model: Model, dialect: type[Parser]) -> set[str]:
+    """What the parsers look for in the text."""
+    tags = model.front.tags
+    return {*dialect.markers, *((tags.open, tags.close) if tags else ())}
+
+
 def _parser(model: Model, prompt: str, names: set[str]) -> Parser:
     parser = dialects.get(model.front.dialect if names else "plain")(names or None)
     tags = model.front.tags
-    return parser if tags is None else reasoning.Reasoning(parser, tags, reasoning.opens_reasoning(prompt, tags))
+    return parser if tags is None else reasoning.ReasoningParser(parser, tags, reasoning.opens_reasoning(prompt, tags))

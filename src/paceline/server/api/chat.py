@@ -11,8 +11,8 @@ from starlette.types import ASGIApp
 from paceline.core.types import TokenLogprob
 from paceline.server.answer import Usage
 from paceline.server.api.base import Call, Route, encode, json
-from paceline.server.dialects.base import Answer as Collected
-from paceline.server.dialects.base import CallArguments, CallBroken, CallStart, Content, Event, Reasoning, collect
+from paceline.server.dialects.events import Answer as Collected
+from paceline.server.dialects.events import CallArguments, CallBroken, CallStart, Content, Event, Reasoning, collect
 from paceline.server.errors import ApiError
 from paceline.server.models import Model
 from paceline.server.sampling import Sampling, params
