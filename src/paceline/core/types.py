@@ -81,6 +81,7 @@ class SamplingParams:
     logprobs: int | None = None  # how many alternatives with each chosen token; None: none, not even the chosen one's
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    constraint: Constraint | None = None
     show_special: Sequence[int] = ()  # ids that stay in the text all the same: markers that a parser looks for
 
     @cached_property
