@@ -289,3 +289,27 @@ def test_models_are_loaded_on_demand_within_the_memory_for_all() -> None:
             s.server.models.offers["third"] = Offer(("third",), None, CONFIG)
             assert c.post("/v1/completions", json={"model": "third", "prompt": "x", "max_tokens": 2}).status_code == 200
             assert set(loaded) == {"second", "third"}
+
+
+def test_reload_finishes_what_runs_on_the_old_model_and_serves_the_new_one() -> None:
+    with served(life={"drain": 20.0}) as s, s.client() as c:
+        ask = {"prompt": "Once upon a time", "max_tokens": 300, "ignore_eos": True, "temperature": 0}
+        whole = c.post("/v1/completions", json=ask).json()
+        with ThreadPoolExecutor(1) as pool, s.client() as other:
+            running = pool.submit(lambda: other.post("/v1/completions", json=ask).json())
+            eventually(lambda: s.supervisor.n_live == 1)
+            first = s.supervisor
+            told = c.post("/admin/reload", json={"path": "lab-1m"})
+            assert told.status_code == 200, told.text
+            assert s.supervisor is not first
+            new = c.post("/v1/completions", json={**ask, "max_tokens": 5}).json()
+            assert running.result()["choices"] == whole["choices"]
+            assert new["system_fingerprint"] == told.json()["fingerprint"] != whole["system_fingerprint"]
+        eventually(lambda: first.pid is None)
+        refused = c.post("/admin/reload", json={"path": "/no/such/model"})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "path"
+        assert c.post("/v1/completions", json={**ask, "max_tokens": 5}).json()["choices"] == new["choices"]
+        assert c.post("/admin/unload", json={"model": "lab-8m"}).status_code == 200
+        assert s.server.models.loaded == {}
+        assert c.post("/v1/completions", json={**ask, "max_tokens": 5}).json()["choices"] == new["choices"]

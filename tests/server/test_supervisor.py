@@ -168,21 +168,3 @@ def test_options_that_cannot_be_met_are_told() -> None:
         await supervisor.stop()
 
     asyncio.run(whole())
-
-
-def test_reload_finishes_what_runs_and_keeps_what_waits() -> None:
-    async def scenario(supervisor: Supervisor) -> Any:
-        running = asyncio.create_task(collect(supervisor, request("a")))
-        await asyncio.sleep(0.2)
-        reloading = asyncio.create_task(supervisor.reload(None, EngineConfig(context=256, threads=1)))
-        await asyncio.sleep(0)
-        waiting = asyncio.create_task(collect(supervisor, request("b")))
-        ready = await reloading
-        assert ready.serving.capacity == 256
-        results = await asyncio.gather(running, waiting)
-        with pytest.raises(ConfigError):
-            await supervisor.reload(None, EngineConfig(context=1 << 20))
-        return results, await collect(supervisor, request("c"))
-
-    (a, b), c = run(scenario)
-    assert a[:2] == b[:2] == c[:2] == alone(request("a"))

@@ -10,15 +10,15 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from paceline.assemble import inspect
 from paceline.checkpoints import templates
 from paceline.checkpoints.tokenizer import Tokenizer
 from paceline.core.config import EngineConfig, Plan
-from paceline.core.errors import PacelineError, RequestError
+from paceline.core.errors import OutOfMemory, PacelineError, RequestError
 from paceline.core.types import SamplingParams
 from paceline.llm import params_from
 from paceline.server import dialects, wire
@@ -153,6 +153,7 @@ class Models:
         self.loaded: dict[str, Model] = {}
         self._restarts, self._memory, self._observe = restarts, memory, observe
         self._lock = asyncio.Lock()
+        self._leaving: set[asyncio.Future[None]] = set()  # replaced models that finish what they have
 
     async def get(self, name: str | None) -> Model:
         """The model of this name (None: the first), loaded if need be. Raises ApiError 404 for one that is not on offer."""
@@ -206,18 +207,67 @@ class Models:
                 raise Unavailable("memory is full of models that are in use; try again later")
             await self.unload(min(idle, key=lambda m: m.used).name)
 
-    async def unload(self, name: str) -> None:
+    async def unload(self, name: str, drain_s: float = 0.0) -> None:
+        """Take a model out of memory; what it is answering may go on for drain_s seconds."""
         model = self.loaded.pop(name, None)
         if model is not None:
             log.info("unloading %s", name)
+            await _until_idle([model], drain_s)
             await model.supervisor.stop()
+
+    async def reload(self, name: str, path: str | None, drain_s: float) -> Model:
+        """Serve a name from what lies at `path` (None: where it came from) now. Requests in hand are finished by the old model.
+
+        Both are in memory for a while, where they fit; else new requests wait until the old one is done. Raises ApiError 404 for
+        an unknown name and the PacelineError that loading meets; the old model is then served on.
+        """
+        old_offer = self.offers.get(name)
+        if old_offer is None:
+            raise ApiError(404, f"model: there is no {name[:200]!r} here", param="model", code="model_not_found")
+        offer = replace(old_offer, model=old_offer.model if path is None else path)
+        own = offer.names[0]
+        async with self._lock:
+            old = self.loaded.pop(own, None)
+            try:
+                new = await self._load(offer)
+            except OutOfMemory:
+                if old is None:
+                    raise
+                await _until_idle([old], drain_s)
+                await old.supervisor.stop()
+                old = None
+                new = await self._load(offer)
+            except PacelineError:
+                if old is not None:
+                    self.loaded[own] = old
+                raise
+            self.offers |= dict.fromkeys(offer.names, offer)
+            self.first = offer if self.first is old_offer else self.first
+        if old is not None:
+            self._leaving.add(task := asyncio.ensure_future(_leave(old, drain_s)))
+            task.add_done_callback(self._leaving.discard)
+        return new
 
     async def drain(self, seconds: float) -> int:
         """Wait until nothing is served, at most so long; how many requests are left."""
-        end = time.monotonic() + seconds
-        while (n := sum(m.supervisor.n_live for m in self.loaded.values())) and time.monotonic() < end:
-            await asyncio.sleep(0.05)
-        return n
+        return await _until_idle(self.loaded.values(), seconds)
 
     async def stop(self) -> None:
-        await asyncio.gather(*(self.unload(name) for name in list(self.loaded)))
+        for task in self._leaving:
+            task.cancel()
+        await asyncio.gather(*self._leaving, *(self.unload(name) for name in list(self.loaded)), return_exceptions=True)
+
+
+async def _until_idle(models: Iterable[Model], seconds: float) -> int:
+    """Wait until these serve nothing, at most so long; how many requests are left."""
+    models, end = list(models), time.monotonic() + seconds
+    while (n := sum(m.supervisor.n_live for m in models)) and time.monotonic() < end:
+        await asyncio.sleep(0.05)
+    return n
+
+
+async def _leave(model: Model, drain_s: float) -> None:
+    try:
+        await _until_idle([model], drain_s)
+    finally:
+        await model.supervisor.stop()

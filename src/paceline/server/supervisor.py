@@ -33,7 +33,7 @@ log = logging.getLogger("paceline.server")
 _ERRORS = {e.__name__: e for e in (ConfigError, CheckpointError, OutOfMemory, RequestError, TemplateError)}
 COMMAND = (sys.executable, "-m", "paceline.server.worker")
 
-State = Literal["starting", "ready", "restarting", "draining", "stopping", "failed"]
+State = Literal["starting", "ready", "restarting", "stopping", "failed"]
 
 
 @dataclass(frozen=True)
@@ -93,23 +93,6 @@ class Supervisor:
         await self._set("stopping")
         self._fail_all(Unavailable("the server is shutting down"))
         await self._end_worker()
-
-    async def reload(self, model: str | None, config: EngineConfig) -> wire.Ready:
-        """Serve another model or plan from now on. Requests in flight are finished first by the present worker; new ones wait.
-
-        Raises the PacelineError that loading meets; the former model is then served on.
-        """
-        former = self.model, self.config
-        await self._set("draining")
-        await self._until(lambda: not any(s.sent for s in self._live.values()))
-        try:
-            self.model, self.config = model, config
-            await self._end_worker()
-            return await self.start()
-        except PacelineError:
-            self.model, self.config = former
-            await self.start()
-            raise
 
     async def _end_worker(self) -> None:
         """Stop the worker and its supervision; by force when it takes too long."""

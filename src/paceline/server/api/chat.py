@@ -202,8 +202,8 @@ def _delta(e: Event) -> dict[str, Any] | None:
             return {"tool_calls": [{"index": index, "id": id, "type": "function", "function": function}]}
         case CallArguments(index, text):
             return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
-        case CallBroken():  # its arguments stay unfinished; what the model wrote is told as it is
-            return None
+        case CallBroken(_, text):  # what was told of it stays unfinished; nothing the model wrote is lost
+            return {"content": text}
     return None
 
 
