@@ -111,6 +111,8 @@ class Answer:
         most = min(self.params.max_tokens or room, room) if self.requests[0].generate else 0
         grant = server.gate.admit(who, self.usage.prompt + most * self.n_choices)
         record = server.metrics.begin(self.model.name, self.usage.prompt)
+        span = server.traces.begin(self.model.name, self.call.id, self.params, self.call.http.headers)
+        error: BaseException | None = None
         try:
             async for items in self.model.supervisor.serve(self.requests, server.settings.bounds.request_timeout):
                 found: list[tuple[int, Delta]] = []
@@ -125,9 +127,11 @@ class Answer:
                 if found:
                     yield found
         except Exception as e:
+            error = e
             record.fail(e)
             raise
         finally:
+            span.end(self.usage, self.ended, error)
             server.gate.settle(grant, self.usage.prompt + self.usage.completion)
             record.close(self.usage.completion)
 

@@ -23,6 +23,7 @@ from paceline.server.metrics import Metrics
 from paceline.server.models import Models, Offer
 from paceline.server.settings import ServeSettings
 from paceline.server.supervisor import Restarts
+from paceline.server.tracing import traces
 from paceline.server.wire import Stepped
 
 log = logging.getLogger("paceline.server")
@@ -35,6 +36,7 @@ class Server:
         self.settings = settings
         self.metrics = Metrics(vllm=settings.observe.vllm_metrics)
         self.gate = Gate.of(settings)
+        self.traces = traces(settings.observe.otel_endpoint)
         life = settings.life
         self.models = Models(
             offers, Restarts(life.max_restarts, life.restart_window), settings.serving.model_memory, self._observe
@@ -72,6 +74,7 @@ class Server:
         if left:
             log.warning("%d requests were cut off after %g s", left, self.settings.life.drain)
         await self.models.stop()
+        self.traces.close()
 
 
 def make_app(server: Server) -> ASGIApp:
