@@ -93,7 +93,8 @@ def openapi(routes: Iterable[Any], version: str) -> dict[str, Any]:
     components["Error"] = _ERROR
     paths: dict[str, dict[str, Any]] = {}
     for r in routes:
-        paths.setdefault(r.path, {})[r.method.lower()] = _operation(r, of_type)
+        path = re.sub(r"{(\w+):\w+}", r"{\1}", r.path)
+        paths.setdefault(path, {})[r.method.lower()] = _operation(r, of_type)
     return {
         "openapi": "3.1.0",
         "info": {"title": "Paceline", "version": version},

@@ -61,7 +61,7 @@ class Traces:
 
     def begin(self, model: str, request_id: str, params: SamplingParams, headers: Mapping[str, str]) -> Span:
         parent = self._propagator.extract(dict(headers))
-        asked = {
+        asked: dict[str, Any] = {
             "gen_ai.operation.name": "chat",
             "gen_ai.system": "paceline",
             "gen_ai.request.model": model,
