@@ -39,9 +39,11 @@ class Policy(Protocol):
 
     def add(self, seq: Sequence, waiting: Seq[Sequence]) -> None:
         """A new sequence comes to those that wait."""
+        return
 
     def observe(self, shares: Seq[Share], seconds: float) -> None:
         """What the last step computed, and its time. Called after commit: `seq.n_computed` and `seq.tokens` include the step."""
+        return
 
 
 class FirstCome(Policy):

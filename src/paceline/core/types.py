@@ -117,7 +117,9 @@ class Request:
     salt: str = ""  # prefixes are shared only between requests of equal salt
     arrival: float = 0.0  # seconds on the engine's clock
     owner: str = ""  # for whom; policies that share fairly count per owner
-    ttft_target: float | None = None  # seconds to the first token, for policies that heed deadlines; None: the policy's own
+    ttft_target: float | None = (
+        None  # seconds to the first token, for policies that heed deadlines; None: the policy's own
+    )
     tpot_target: float | None = None  # seconds per further token, likewise
 
     def __post_init__(self) -> None:
