@@ -49,7 +49,7 @@ class Splitter:
 
 @dataclass(frozen=True)
 class SplitFuse(Technique):
-    target_ms: float = tune(50.0, 0.1, 60_000.0, log=True, help="milliseconds per output token aimed at")
+    target_ms: float = tune(100.0, 0.1, 60_000.0, log=True, help="milliseconds per output token aimed at")
     share: float = tune(0.5, 0.0, 0.95, help="part of a step's time that prompts get at least, late or not")
     min_rows: int = tune(16, 1, 1 << 16, log=True, help="rows of prompts in a step at least")
 
