@@ -2,7 +2,7 @@
 
     python benchmarks/scheduling.py --trace azure_conversation_2023.csv [--cost smollm2-135m-int4] [--load 0.7 --load 1.1] [--json out.json]
     python benchmarks/scheduling.py --pages 120 --use serving/first_come        # short of memory: what is computed twice
-    python benchmarks/scheduling.py --engine lab-8m                             # the real engine: gaps in streams beside long prompts
+    python benchmarks/scheduling.py --engine smollm2-135m --format int4         # the real engine: gaps in streams beside long prompts
 
 --load: arrivals as a share of what the machine takes when all requests are there at once. Times are milliseconds. `goodput` counts requests
 that met both targets. `twice`: rows computed again after preemptions, in percent (means nothing with a prefix index). `heavy`, `light`:
@@ -91,7 +91,8 @@ def run(
 COLUMNS = (
     ("ttft mean", "ttft_mean", 1e3), ("p50", "ttft_p50", 1e3), ("p99", "ttft_p99", 1e3), ("tpot p50", "tpot_p50", 1e3),
     ("p99", "tpot_p99", 1e3), ("gap p99", "gap_p99", 1e3), ("met %", "met", 100), ("goodput", "goodput", 1), ("tok/s", "tokens_per_s", 1),
-    ("makespan", "makespan", 1), ("preempt", "preempted", 1), ("twice", "twice", 100), ("heavy", "ttft_heavy", 1e3), ("light", "ttft_light", 1e3),
+    ("makespan", "makespan", 1), ("preempt", "preempted", 1), ("twice", "twice", 100),
+    ("heavy", "ttft_heavy", 1e3), ("light", "ttft_light", 1e3),
 )  # fmt: skip
 
 
@@ -114,7 +115,8 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     for load in args.load or [0.7, 1.1]:
         arrivals = owned(scale(trace, rate=load * most), {"heavy": 0.9, "light": 0.1})
         print(
-            f"\n{args.cost}, load {load:g} = {load * most:.2f} requests/s, {len(arrivals)} requests, targets {args.ttft:g} s, {args.tpot:g} s/token"
+            f"\n{args.cost}, load {load:g} = {load * most:.2f} requests/s, {len(arrivals)} requests, targets "
+            f"{args.ttft:g} s, {args.tpot:g} s/token"
         )
         rows = [{"load": load, **run(use, arrivals, cost, limits, args)} for use in args.use or USES]
         print(table(rows), flush=True)
@@ -124,6 +126,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def gaps_of_engine(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Streams of the real engine while long prompts come: milliseconds between their tokens, and how the prompts fared."""
+    from paceline.analysis.synthetic import RandomCheckpoint, shapes
     from paceline.llm import LLM
 
     results = []
@@ -133,9 +136,9 @@ def gaps_of_engine(args: argparse.Namespace) -> list[dict[str, Any]]:
         "serving/splitfuse:target_ms=5",
         "serving/splitfuse:target_ms=10",
     ):
-        with LLM(
-            args.engine, context=args.max_prompt + 64, max_rows=args.max_rows, use=("no:serving/radix", use)
-        ) as llm:
+        model = RandomCheckpoint(args.engine) if args.engine in shapes() else args.engine
+        sizes = {"context": args.max_prompt + 64, "max_rows": args.max_rows}
+        with LLM(model, format=args.format, use=("no:serving/radix", use), **sizes) as llm:
             results.append({"use": use, **_streams(llm, args)})
         r = results[-1]
         print(
@@ -188,7 +191,12 @@ def _streams(llm: Any, args: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--trace", help="CSV or JSON lines, see analysis/traffic.py")
-    p.add_argument("--engine", metavar="MODEL", help="time the real engine instead of simulating")
+    p.add_argument(
+        "--engine",
+        metavar="MODEL",
+        help="time the real engine instead of simulating: a model, or a shape with random weights",
+    )
+    p.add_argument("--format", default="auto", help="of the real engine's weights")
     p.add_argument("--cost", choices=COSTS, default="smollm2-135m-int4")
     p.add_argument("--use", action="append", help="what to compare, techniques joined by +")
     p.add_argument("--also", action="append", default=[], help="techniques in all of them")

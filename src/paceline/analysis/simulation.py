@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,23 +125,23 @@ class Outcome:
 def simulate(
     arrivals: Sequence[Arrival],
     cost: StepCost,
-    parts: Any,
+    parts: Callable[[KVCache], Parts],
     *,
     limits: Limits,
     n_pages: int,
     page_size: int = 32,
     max_tokens: int = 1024,
     seed: int = 0,
+    fields: Callable[[Arrival], Mapping[str, Any]] = lambda arrival: {},
     steps: int = 10_000_000,
 ) -> Outcome:
     """Serve all arrivals to their end. parts: from a `KVCache` to `Parts`. max_tokens: what requests ask for; they end by themselves
-    after `n_output`. Raises RuntimeError when that takes more than `steps` steps."""
+    after `n_output`. fields: further ones of each `Request`. Raises RuntimeError when that takes more than `steps` steps."""
     clock = ManualClock()
     model = _Model(cost, clock, random.Random(seed))
     cache = KVCache(make_groups((KV(1, 1),), page_size), model.ops, "float32", n_pages)
-    made: Parts = parts(cache)
     serving = Serving(N_VOCAB, (n_pages - 1) * page_size)
-    engine = Engine(model, cache, made, limits, serving, text=_Until, clock=clock)
+    engine = Engine(model, cache, parts(cache), limits, serving, text=_Until, clock=clock)
     served = {f"r{i}": Served(a) for i, a in enumerate(arrivals)}
     due = [(a.at_s, f"r{i}", a) for i, a in enumerate(arrivals)]
     due.sort(key=lambda d: d[0], reverse=True)
@@ -153,7 +153,7 @@ def simulate(
             _, name, a = due.pop()
             params = SamplingParams(temperature=0.0, max_tokens=max(max_tokens, a.n_output), seed=a.n_output)
             prompt = tuple(a.tokens(N_VOCAB, seed + int(name[1:])))
-            engine.add(Request(name, prompt, params, arrival=a.at_s, owner=a.owner))
+            engine.add(Request(name, prompt, params, arrival=a.at_s, owner=a.owner, **fields(a)))
         deltas, outputs = engine.step()
         for delta in deltas:
             served[delta.request].token_times += [clock.time] * len(delta.token_ids)

@@ -16,7 +16,6 @@ from paceline.core.kvcache import KVCache
 from paceline.core.sequence import NO_DRAFT, Sequence
 from paceline.core.specs import KVGroup, Window
 
-
 AHEAD = 2  # pages kept for each running sequence before another is admitted: with none, a tenth of all rows was computed twice
 
 

@@ -35,9 +35,11 @@ class LeastSlack(Policy):
         return due - now - self._seconds(len(seq.tokens) - seq.n_computed, seq.n_computed)
 
     def _seconds(self, n: int, start: int) -> float:
-        """For n rows after `start`: as many full steps as that takes, at the middle of the way."""
+        """For n rows after `start`: as many full steps as that takes, at the middle of the way. A next token takes none."""
+        if n <= 1:
+            return 0.0
         full = min(n, self.chunk)
-        return self.model.seconds(Work().plus(full, start + (n - full) // 2)) * n / full if n else 0.0
+        return self.model.seconds(Work().plus(full, start + (n - full) // 2)) * n / full
 
     def order(self, seqs: Sequence[TokenSequence], now: float) -> list[TokenSequence]:
         turn = self._n_steps % self.every == self.every - 1
