@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -72,14 +73,23 @@ def _length(value: Any) -> int:
     return max(1, n)
 
 
+def _time(value: Any) -> float:
+    at = float(value)
+    if not math.isfinite(at):
+        raise ValueError(f"a time of {at}")
+    return at
+
+
 def _from_csv(row: dict[str, str]) -> Arrival:
-    return Arrival(float(row["arrived_at"]), _length(row["num_prefill_tokens"]), _length(row["num_decode_tokens"]))
+    return Arrival(_time(row["arrived_at"]), _length(row["num_prefill_tokens"]), _length(row["num_decode_tokens"]))
 
 
 def _from_json(row: dict[str, Any]) -> Arrival:
     n = _length(row["input_length"])
     ids = tuple(int(i) for i in row.get("hash_ids", ()))
-    return Arrival(row["timestamp"] / 1e3, n, _length(row["output_length"]), ids if len(ids) * BLOCK >= n else ())
+    return Arrival(
+        _time(row["timestamp"]) / 1e3, n, _length(row["output_length"]), ids if len(ids) * BLOCK >= n else ()
+    )
 
 
 def scale(

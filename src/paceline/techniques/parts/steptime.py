@@ -80,13 +80,12 @@ class StepTime:
         return sum(map(mul, self._c, _features(work)))
 
     def observe(self, shares: Sequence[Share], seconds: float) -> None:
-        """Learn from a step; those that only decode are sampled."""
-        work = work_of(shares)
-        if work.rows == work.seqs:
+        """Learn from a step; those that only decode are sampled. (Prompts are last among the shares.)"""
+        if shares[-1].n - shares[-1].n_draft == 1:
             self._n_decodes += 1
             if self._n_decodes % EVERY != 1:
                 return
-        self.learn(work, seconds)
+        self.learn(work_of(shares), seconds)
 
     def learn(self, work: Work, seconds: float) -> None:
         """Fit to one observation more; one of no time (a coarse clock) says nothing."""
