@@ -30,7 +30,7 @@ class Limits:
 
 
 class Policy(Protocol):
-    """The `schedule` seam. Whatever the order, no sequence may wait for ever while others come and go."""
+    """The `schedule` seam. Within a priority no sequence may wait for ever while others come and go."""
 
     def order(self, seqs: Seq[Sequence], now: float) -> list[Sequence]:
         """Who is served first: called for those that decode, and for those with more to compute, running (with `kv`) or waiting."""
