@@ -186,7 +186,7 @@ def test_deadlines_are_met_by_more() -> None:
 
 
 def test_owners_get_equal_service_while_both_want_it() -> None:
-    """VTC, theorem 4.4: services of owners with work waiting differ by at most twice the largest that is in flight."""
+    """The bound of VTC: services of owners with work waiting differ by at most twice the largest that is in flight."""
     arrivals = sorted(
         [Arrival(0.01 * i, 100, 20, owner="greedy") for i in range(300)]
         + [Arrival(0.1 * i, 100, 20, owner="modest") for i in range(60)],

@@ -2,7 +2,7 @@
 
 Each class has a counter of the service it got, divided by its weight; the class with the least is served next. A class that comes back
 to the queue is lifted to the least counter there, so that idling saves up nothing. While classes have work, their counters differ
-by no more than the service in flight, whatever each of them asks for: VTC, arXiv:2401.00588, algorithm 2 and theorem 4.4.
+by no more than the service in flight, whatever each of them asks for: VTC, arXiv:2401.00588, section 4.
 """
 
 from __future__ import annotations
