@@ -211,6 +211,7 @@ class Engine:
         before = self.clock.now()
         touched = self.runner.step(before)
         now = self.clock.now()
+        self.runner.observe(now - before)
         if self._unscheduled:
             self._note_scheduled(before)
         ended: dict[str, _Live] = {}

@@ -15,7 +15,7 @@ import numpy as np
 from paceline.core.build import build
 from paceline.core.kvcache import KVCache, of_layer
 from paceline.core.sampler import Drawn, LogitsPart, Sampler
-from paceline.core.scheduler import FirstCome, Limits, Policy, Prefix, Scheduler, Share
+from paceline.core.scheduler import Budget, FirstCome, Limits, Policy, Prefix, Scheduler, Share
 from paceline.core.sequence import NO_DRAFT, Draft, Sequence
 from paceline.core.types import TokenLogprob
 from paceline.core.verify import Acceptor, Verdict, coupled
@@ -44,6 +44,7 @@ class Parts:
     drafter: Drafter | None = None
     acceptor: Acceptor = coupled
     schedule: Policy = field(default_factory=FirstCome)
+    budget: Budget | None = None
     logits: list[LogitsPart] = field(default_factory=list)
     kv_policy: list[KVPolicy] = field(default_factory=list)
 
@@ -56,17 +57,18 @@ class Runner:
 
     def __init__(self, model: Any, cache: KVCache, parts: Parts, limits: Limits, eos: frozenset[int], append: Append):
         self.model, self.ops, self.cache, self.parts = model, model.ops, cache, parts
-        self.scheduler = Scheduler(cache, limits, parts.schedule, parts.prefix)
+        self.scheduler = Scheduler(cache, limits, parts.schedule, parts.prefix, parts.budget)
         self.sampler = Sampler(self.ops, parts.logits, eos)
         self.append = append
         self.of_layer = of_layer(cache.groups)
         self._page = cache.groups[0].page_size  # the prefix index takes whole pages
         self.n_steps = 0
+        self._shares: list[Share] = []  # of the last step
 
     def step(self, now: float) -> list[Sequence]:
         """Compute one step; the sequences that got tokens, ended or failed in it."""
         self._propose()
-        shares = self.scheduler.schedule(now)
+        shares = self._shares = self.scheduler.schedule(now)
         if not shares:
             return []
         self.n_steps += 1
@@ -79,6 +81,13 @@ class Runner:
         else:
             logits = self.ops.numpy(program.forward(bound))
         return self._commit(shares, logits)
+
+    def observe(self, seconds: float) -> None:
+        """Tell the parts that schedule how long the last step took."""
+        if self._shares:
+            self.parts.schedule.observe(self._shares, seconds)
+            if self.parts.budget is not None:
+                self.parts.budget.observe(self._shares, seconds)
 
     def _propose(self) -> None:
         if self.parts.drafter is None:

@@ -14,6 +14,9 @@ from typing import Any, Protocol
 from paceline.core.batch import MAX_TREE
 from paceline.core.kvcache import KVCache
 from paceline.core.sequence import NO_DRAFT, Sequence
+from paceline.core.specs import KVGroup, Window
+
+AHEAD = 2  # pages kept for each running sequence before another is admitted: with none, a tenth of all rows was computed twice
 
 
 @dataclass(frozen=True)
@@ -27,27 +30,43 @@ class Limits:
 
 
 class Policy(Protocol):
-    """The `schedule` seam."""
+    """The `schedule` seam. Within a priority no sequence may wait for ever while others come and go."""
 
     def order(self, seqs: Seq[Sequence], now: float) -> list[Sequence]:
-        """Who is served first, both of the running and of the waiting."""
+        """Who is served first: called for those that decode, and for those with more to compute, running (with `kv`) or waiting."""
 
     def victim(self, running: Seq[Sequence]) -> Sequence:
-        """Who is preempted when pages run out."""
+        """Who is preempted when pages run out: an order that time does not change, so that its first is never interrupted."""
+        return max(running, key=by_arrival)
+
+    def add(self, seq: Sequence, waiting: Seq[Sequence]) -> None:
+        """A new sequence comes to those that wait."""
+        return
+
+    def observe(self, shares: Seq[Share], seconds: float) -> None:
+        """What the last step computed, and its time. Called after commit: `seq.n_computed` and `seq.tokens` include the step."""
+        return
 
 
-class FirstCome:
+class FirstCome(Policy):
     """In the order of arrival within a priority; the latest is preempted first."""
 
-    @staticmethod
-    def _key(seq: Sequence) -> tuple[int, float, int]:
-        return (-seq.request.priority, seq.request.arrival, seq.id)
-
     def order(self, seqs: Seq[Sequence], now: float) -> list[Sequence]:
-        return sorted(seqs, key=self._key)
+        return sorted(seqs, key=by_arrival)
 
-    def victim(self, running: Seq[Sequence]) -> Sequence:
-        return max(running, key=self._key)
+
+def by_arrival(seq: Sequence) -> tuple[int, float, int]:
+    return (-seq.request.priority, seq.request.arrival, seq.id)
+
+
+class Budget(Protocol):
+    """The `budget` seam."""
+
+    def rows(self, decoding: Seq[Share], first: Sequence, limit: int) -> int:
+        """How many rows of prompts, those of `first` before others, a step takes beside these shares: from 1 to `limit`."""
+
+    def observe(self, shares: Seq[Share], seconds: float) -> None:
+        """As `Policy.observe`."""
 
 
 class Prefix(Protocol):
@@ -82,8 +101,15 @@ class Share:
 
 
 class Scheduler:
-    def __init__(self, cache: KVCache, limits: Limits, policy: Policy, prefix: Prefix | None = None):
-        self.cache, self.limits, self.policy, self.prefix = cache, limits, policy, prefix
+    def __init__(
+        self,
+        cache: KVCache,
+        limits: Limits,
+        policy: Policy,
+        prefix: Prefix | None = None,
+        budget: Budget | None = None,
+    ):
+        self.cache, self.limits, self.policy, self.prefix, self.budget = cache, limits, policy, prefix, budget
         cache.evict = prefix.evict if prefix is not None else None
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -91,6 +117,7 @@ class Scheduler:
         self.n_preempted = 0
 
     def add(self, seq: Sequence) -> None:
+        self.policy.add(seq, self.waiting)
         self.waiting.append(seq)
 
     def run(self, seq: Sequence) -> None:
@@ -112,15 +139,14 @@ class Scheduler:
             seq.kv = None
 
     def schedule(self, now: float) -> list[Share]:
+        """Decodes (little pending) first, so that nobody's next token waits for another's prompt; then prompts."""
         shares: list[Share] = []
         rows, n_before = self.limits.max_rows, self.n_preempted
         tree = any(not s.draft.is_chain for s in self.running if s.draft is not NO_DRAFT)
         chunk = min(self.limits.chunk, MAX_TREE) if tree else self.limits.chunk
-        # decodes (little pending) before chunks of prompts, so that nobody's next token waits for another's prompt
-        order = self.policy.order(self.running, now)
-        if any(map(_is_behind, order)):
-            order.sort(key=_is_behind)
-        for seq in order:
+        decoding = [s for s in self.running if not _is_behind(s)]
+        prompts = len(decoding) < len(self.running) or bool(self.waiting)
+        for seq in self.policy.order(decoding, now):
             if rows == 0:
                 break
             if self.n_preempted > n_before and seq not in self.running:  # preempted by an earlier one in this loop
@@ -129,34 +155,82 @@ class Scheduler:
             if share is not None:
                 shares.append(share)
                 rows -= share.n
-        if self.n_preempted > n_before:  # pages are short: let the running ones finish first
-            return shares
-        return shares + self._admit(rows, chunk, now) if self.waiting else shares
+        if prompts and rows:
+            self._schedule_prompts(shares, rows, chunk, now, may_admit=self.n_preempted == n_before)
+        return shares
 
-    def _admit(self, rows: int, chunk: int, now: float) -> list[Share]:
-        shares: list[Share] = []
-        for seq in self.policy.order(self.waiting, now):
-            if rows == 0 or len(self.running) >= self.limits.max_seqs:
+    def _schedule_prompts(self, shares: list[Share], rows: int, chunk: int, now: float, may_admit: bool) -> None:
+        """Give what rows are left to those with more to compute, whether they run or wait, in the policy's order.
+
+        Nobody is admitted in a step in which pages were short: the running ones finish first.
+        """
+        seqs = [s for s in self.running if _is_behind(s)]
+        if may_admit and len(self.running) < self.limits.max_seqs:
+            seqs += self.waiting
+        seqs = self.policy.order(seqs, now)
+        if seqs and shares and self.budget is not None:
+            rows = self.budget.rows(shares, seqs[0], rows)
+        n_before = self.n_preempted
+        for seq in seqs:
+            if rows == 0:
                 break
-            share = self._try_start(seq, min(rows, chunk))
-            while share is None and self.parked and not self.running:
-                self._preempt(self.parked[0])
-                share = self._try_start(seq, min(rows, chunk))
-            if share is None:
-                break
+            if seq.kv is not None:
+                share = self._continue(seq, min(rows, chunk), shares)
+            elif may_admit and self.n_preempted == n_before and len(self.running) < self.limits.max_seqs:
+                share = self._admit(seq, min(rows, chunk))
+                may_admit = share is not None  # none overtakes because it is small
+            else:
+                continue
+            if share is not None:
+                shares.append(share)
+                rows -= share.n
+
+    def _continue(self, seq: Sequence, rows: int, shares: list[Share]) -> Share | None:
+        """The next chunk of a running sequence. It waits for pages while others go on: preempting for it would only lose work."""
+        share = self._reserve(seq, rows)
+        while share is None and self.parked:
+            self._preempt(self.parked[0])
+            share = self._reserve(seq, rows)
+        return self._share(seq, rows, shares) if share is None and not shares else share
+
+    def _admit(self, seq: Sequence, rows: int) -> Share | None:
+        share = self._try_start(seq, rows)
+        while share is None and self.parked and not self.running:
+            self._preempt(self.parked[0])
+            share = self._try_start(seq, rows)
+        if share is not None:
             self.waiting.remove(seq)
             self.running.append(seq)
-            shares.append(share)
-            rows -= share.n
-        return shares
+        return share
 
     def _try_start(self, seq: Sequence, rows: int) -> Share | None:
         self._start(seq)
-        share = self._reserve(seq, rows)
+        share = self._reserve(seq, rows) if self._has_room(seq) else None
         if share is None:
             self.cache.free(seq.kv)
             seq.kv, seq.n_computed, seq.n_cached = None, 0, 0
         return share
+
+    def _has_room(self, seq: Sequence) -> bool:
+        """Whether a sequence that would start fits beside the running ones with all that is known of each and some pages to go on.
+
+        Half a prompt in the cache helps nobody: without this, prompts that do not fit together preempt each other again and again.
+        """
+        if not self.running:
+            return True
+        for group, pool in zip(self.cache.groups, self.cache.pools, strict=True):
+            free = pool.n_free + (pool.n_idle if self.prefix is not None else 0)
+            if self._lacking(seq, group) + sum(self._lacking(s, group) for s in self.running) > free:
+                return False
+        return True
+
+    def _lacking(self, seq: Sequence, group: KVGroup) -> int:
+        """Pages beyond those it has, for its tokens and `AHEAD` pages more of each of its completions."""
+        size, n = group.page_size, len(seq.tokens)
+        if isinstance(group.spec, Window):
+            n = min(n, seq.n_computed + group.spec.size + self.limits.chunk)
+        n_pages = -(-min(n + AHEAD * size, seq.max_len) // size) + AHEAD * len(seq.siblings)
+        return max(0, n_pages - seq.kv.n_pages[group.id])
 
     def _start(self, seq: Sequence) -> None:
         """Give a sequence its cache, with what the prefix index already holds of it."""

@@ -31,7 +31,9 @@ class Fact(str, Enum):
     BATCH_INVARIANT = "BATCH_INVARIANT"
 
 
-SINGLE_SEAMS = frozenset({"prefix", "drafter", "acceptor", "controller", "schedule", "kv_format", "moe", "parallel"})
+SINGLE_SEAMS = frozenset(
+    {"prefix", "drafter", "acceptor", "controller", "schedule", "budget", "kv_format", "moe", "parallel"}
+)
 CHAIN_SEAMS = frozenset(
     {"kv_policy", "logits", "depth", "weights", "attention", "selector", "kv_tier", "format", "program"}
 )

@@ -158,7 +158,24 @@ class Request:
     park: bool = False  # keep the state when done, to be forked or continued
     priority: int = 0
     salt: str = ""  # prefixes are shared only between requests of equal salt
-    arrival: float = 0.0
+    arrival: float = 0.0  # seconds on the engine's clock
+    owner: str = ""  # for whom; policies that share fairly count per owner
+    ttft_target: float | None = (
+        None  # seconds to the first token, for policies that heed deadlines; None: the policy's own
+    )
+    tpot_target: float | None = None  # seconds per further token, likewise
+
+    def __post_init__(self) -> None:
+        """Raise RequestError for a target that no clock can meet."""
+        targets = {"ttft_target": self.ttft_target, "tpot_target": self.tpot_target}
+        wrong = [f"{k} = {v!r}: must be a number of seconds above 0" for k, v in targets.items() if not _is_duration(v)]
+        if wrong:
+            raise RequestError("; ".join(wrong))
+
+
+def _is_duration(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value is None or (number and math.isfinite(value) and value > 0)
 
 
 @dataclass(frozen=True)
