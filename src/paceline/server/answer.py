@@ -67,6 +67,7 @@ class Answer:
                 pool=pool,
                 priority=who.priority - priority,
                 salt=own,
+                owner=who.name,
                 arrival=now,
             )
             for i, tokens in enumerate(prompts)
