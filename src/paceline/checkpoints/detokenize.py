@@ -12,7 +12,7 @@ import codecs
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from tokenizers.decoders import Decoder
 
@@ -34,7 +34,9 @@ class Stream(Protocol):
 
 
 class Scheme(Protocol):
-    """How a vocabulary writes text."""
+    """How a vocabulary writes text. joins: whether a text is the bytes of its tokens joined, whatever stands beside them."""
+
+    joins: bool
 
     def open(self) -> Stream: ...
 
@@ -91,6 +93,8 @@ _BYTES = _byte_table()
 
 
 class _ByteLevel:
+    joins = True
+
     def open(self) -> Stream:
         return _ByteStream()
 
@@ -132,6 +136,7 @@ class _Fallback:
     has_bytes: bool
     strip: str
     n_strip: int
+    joins: ClassVar[bool] = True  # but for the spaces at the start of a text
 
     def open(self) -> Stream:
         return _FallbackStream(self)
@@ -214,6 +219,8 @@ class _FallbackStream:
 class _Spaced:
     """No decoder: tokens with a space between them."""
 
+    joins = False
+
     def open(self) -> Stream:
         return _SpacedStream()
 
@@ -242,6 +249,7 @@ class _Window:
     decoder: Decoder
     n_context: int = 16
     n_pending: int = 16
+    joins: ClassVar[bool] = False
 
     def open(self) -> Stream:
         return _WindowStream(self)

@@ -169,6 +169,7 @@ class Engine:
             out = [t for t in ids if not 0 <= t < s.n_vocab]
             if out:
                 problems.append(f"{name}: token id {out[0]} is outside the vocabulary (0 to {s.n_vocab - 1})")
+        problems += self.runner.sampler.why_not(p)
         if problems:
             raise RequestError("; ".join(problems))
 
@@ -245,7 +246,9 @@ class Engine:
         n_output = len(seq.tokens) - seq.n_prompt
         reason: FinishReason | None = None
         stop: str | int | None = None
-        if n_output >= p.min_tokens:
+        if p.constraint is not None and token in self.serving.eos:
+            reason = "stop"  # drawn only where the constraint allows it; see SamplingParams for min_tokens and ignore_eos
+        elif n_output >= p.min_tokens:
             if token in self.serving.eos and not p.ignore_eos:
                 reason, stop = "stop", None
             elif token in p.stop_token_ids:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from paceline.core.errors import RequestError
 
@@ -16,6 +16,35 @@ MAX_N = 128
 MAX_LOGPROBS = 64
 MAX_STOPS = 64
 MAX_BIAS = 1024
+MAX_CONSTRAINT = 256 << 10  # bytes of UTF-8
+
+ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What the output must be, as plain data; the technique that keeps to it says what it can do (`output/llguidance`).
+
+    text by kind: json_schema, a JSON Schema as JSON; json_object, nothing (any JSON object); regex, an expression that the whole output
+    matches; choice, a JSON list of strings of which the output is one; grammar, a context-free grammar (Lark or GBNF).
+    """
+
+    kind: ConstraintKind
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(ConstraintKind):
+            raise RequestError(f"constraint: kind = {self.kind!r}: must be one of {', '.join(get_args(ConstraintKind))}")
+        if not isinstance(self.text, str):
+            raise RequestError(f"constraint: text must be a string, found {type(self.text).__name__}")
+        if bool(self.text) == (self.kind == "json_object"):
+            raise RequestError(f"constraint: {self.kind} {'takes no' if self.text else 'needs a'} text")
+        try:
+            n = len(self.text.encode("utf-8"))
+        except UnicodeEncodeError as e:
+            raise RequestError(f"constraint: is not valid Unicode text ({e}); remove unpaired surrogates") from e
+        if n > MAX_CONSTRAINT:
+            raise RequestError(f"constraint: {n:,} bytes, more than the {MAX_CONSTRAINT:,} that are accepted; shorten it")
 
 
 @dataclass(frozen=True)
@@ -24,6 +53,9 @@ class SamplingParams:
 
     The order is: penalties, logit bias, min_tokens, technique logits chain, temperature, top_k, top_p, min_p. logprobs are those of the
     model's own distribution (before all of these). `seed` makes a request repeatable, alone or in any batch.
+
+    Under a constraint an end token ends the output always: it comes only where the constraint is satisfied, and must come where nothing
+    else may. min_tokens and ignore_eos then put the end off for as long as the constraint allows something else.
     """
 
     temperature: float = 1.0
@@ -45,6 +77,7 @@ class SamplingParams:
     logprobs: int | None = None  # how many alternatives with each chosen token; None: none, not even the chosen one's
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    constraint: Constraint | None = None
 
     @cached_property
     def adjusts(self) -> bool:
@@ -93,6 +126,8 @@ class SamplingParams:
             not isinstance(t, int) or t < 0 or not -100 <= b <= 100 for t, b in self.logit_bias.items()
         ):
             yield f"logit_bias: at most {MAX_BIAS} token ids with a bias from -100 to 100"
+        if self.constraint is not None and not isinstance(self.constraint, Constraint):
+            yield f"constraint: must be a Constraint, found {type(self.constraint).__name__}"
         if self.max_tokens is not None and isinstance(self.max_tokens, int) and self.min_tokens > self.max_tokens:
             yield f"min_tokens = {self.min_tokens}: must not exceed max_tokens = {self.max_tokens}"
 
