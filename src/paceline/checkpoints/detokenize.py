@@ -34,9 +34,11 @@ class Stream(Protocol):
 
 
 class Scheme(Protocol):
-    """How a vocabulary writes text. joins: whether a text is the bytes of its tokens joined, whatever stands beside them."""
+    """How a vocabulary writes text."""
 
-    joins: bool
+    @property
+    def joins(self) -> bool:
+        """Whether a text is the bytes of its tokens joined, whatever stands beside them."""
 
     def open(self) -> Stream: ...
 

@@ -247,7 +247,7 @@ class Engine:
         reason: FinishReason | None = None
         stop: str | int | None = None
         if p.constraint is not None and token in self.serving.eos:
-            reason = "stop"  # drawn only where the constraint allows it; see SamplingParams for min_tokens and ignore_eos
+            reason = "stop"  # drawn only where the constraint allows it; see SamplingParams
         elif n_output >= p.min_tokens:
             if token in self.serving.eos and not p.ignore_eos:
                 reason, stop = "stop", None

@@ -89,7 +89,9 @@ class Sampler:
         """Everything the chain, or the lack of one, has against these parameters."""
         problems = [why for part in self.chain if (why := part.why_not(params)) is not None]
         if params.constraint is not None and not any("constraint" in part.serves for part in self.chain):
-            problems.append("constraint: the technique that keeps to it is switched off; leave it on, or the constraint out")
+            problems.append(
+                "constraint: the technique that keeps to it is switched off; leave it on, or the constraint out"
+            )
         return problems
 
     def adjusted(self, seq: Sequence, logits: np.ndarray, history: Seq[int]) -> np.ndarray:

@@ -34,7 +34,9 @@ class Constraint:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ConstraintKind):
-            raise RequestError(f"constraint: kind = {self.kind!r}: must be one of {', '.join(get_args(ConstraintKind))}")
+            raise RequestError(
+                f"constraint: kind = {self.kind!r}: must be one of {', '.join(get_args(ConstraintKind))}"
+            )
         if not isinstance(self.text, str):
             raise RequestError(f"constraint: text must be a string, found {type(self.text).__name__}")
         if bool(self.text) == (self.kind == "json_object"):
@@ -44,7 +46,9 @@ class Constraint:
         except UnicodeEncodeError as e:
             raise RequestError(f"constraint: is not valid Unicode text ({e}); remove unpaired surrogates") from e
         if n > MAX_CONSTRAINT:
-            raise RequestError(f"constraint: {n:,} bytes, more than the {MAX_CONSTRAINT:,} that are accepted; shorten it")
+            raise RequestError(
+                f"constraint: {n:,} bytes, more than the {MAX_CONSTRAINT:,} that are accepted; shorten it"
+            )
 
 
 @dataclass(frozen=True)

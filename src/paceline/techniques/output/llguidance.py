@@ -1,10 +1,10 @@
 """Output that keeps to a JSON Schema, a regular expression, a list of choices or a grammar (`core.types.Constraint`).
 
-Before a token is chosen, the logits of all tokens after which the text could not be completed any more become -inf; what the model prefers
-among the rest is untouched (locally constrained decoding; the masks are llguidance's, see `parts.grammar`). The matcher is a function of the
-sequence's own output tokens: it is made again after a preemption or on another branch, and follows a draft forwards and back. End tokens are
-allowed where the text satisfies the constraint, and forced where nothing else can follow. Whatever goes wrong ends the sequence with an
-error; the text is never continued freely.
+Before a token is chosen, the logits of all tokens after which the text could not be completed any more become -inf; what
+the model prefers among the rest is untouched (locally constrained decoding; the masks are llguidance's, `parts.grammar`).
+The matcher is a function of the sequence's own output tokens: it is made again after a preemption or on another branch,
+and follows a draft forwards and back. End tokens are allowed where the text satisfies the constraint, and forced where
+nothing else can follow. Whatever goes wrong ends the sequence with an error; the text is never continued freely.
 
 Cost: nothing for sequences without a constraint. Measured (`python benchmarks/constrained_schemas.py --masks FOLDER`): see there.
 """

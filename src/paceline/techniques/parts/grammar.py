@@ -30,10 +30,15 @@ MAX_CHOICES = 4096
 MAX_NESTING = 64  # brackets
 MAX_KEPT = 128  # compiled grammars, and refusals
 
-# JSON has whitespace where the model likes it, but never more than this at a time: otherwise it may write nothing else for ever.
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
-_JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
-_HEADER = '%llguidance {"no_forcing": true}\n'
+# Where JSON may have whitespace: one space, or a line's end with an indent. Models that may write any amount write nothing else for ever.
+WHITESPACE = r"( |\r?\n[ \t]{0,20})"
+_JSON_OPTIONS = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": WHITESPACE,
+    "lenient": False,
+    "coerce_one_of": False,
+}
+_OPTIONS = '\n%llguidance {"no_forcing": true}'  # last, so that the lines of a client's grammar keep their numbers
 _WORDS = re.compile(r'//[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|\[(?:\\.|[^\]\\\n])*\]|[^/\\\n\[])+/|%json\b|[()\[\]{}]')
 
 
@@ -41,6 +46,7 @@ def limits() -> llguidance.LLParserLimits:
     """What one matcher may use. Fuel bounds the time of compilation (about 20 ms) and of a mask (about 15 ms); a lexer state takes
     1 to 2 KB. Errors tell no parser states."""
     return llguidance.LLParserLimits(
+        max_items_in_row=5_000,
         initial_lexer_fuel=1_000_000,
         step_lexer_fuel=200_000,
         max_lexer_states=20_000,
@@ -126,17 +132,20 @@ class Grammars:
         if not len(self.eos):
             raise RequestError("constraint: the model has no end token, so constrained output could not end")
         if not self.tokenizer.scheme.joins:
-            raise RequestError("constraint: text of this model's tokenizer is not its tokens' bytes joined; no constraint can be kept")
+            raise RequestError(
+                "constraint: text of this model's tokenizer is not its tokens' bytes joined; no constraint can be kept"
+            )
         text, schema = translate(constraint)
-        grammar = llguidance.LLMatcher.grammar_from_lark(_HEADER + text)
+        grammar = llguidance.LLMatcher.grammar_from_lark(text + _OPTIONS)
         problem = self._trial.why_not(grammar)
-        if problem is None:
-            matcher = new_matcher(self._tokens(), grammar)
-            allowed_tokens(matcher, self.n_vocab)
-            problem = str(matcher.get_error())
-        if problem:
+        if problem is not None:
             raise RequestError(_say(constraint, problem, schema))
-        return Grammar(new_matcher(self._tokens(), grammar))
+        found = Grammar(new_matcher(self._tokens(), grammar))
+        first = found.matcher()
+        allowed_tokens(first, self.n_vocab)
+        if first.is_error():
+            raise RequestError(_say(constraint, str(first.get_error()), schema))
+        return found
 
     def _tokens(self) -> llguidance.LLTokenizer:
         """The vocabulary as a trie, made when first needed: half a second for 128k tokens."""
@@ -170,6 +179,8 @@ def translate(constraint: Constraint) -> tuple[str, Any]:
         return "start: " + _embed({"type": "object"}), None
     if kind == "json_schema":
         schema = json_schema.parse(text, "schema")
+        if schema is False:
+            raise RequestError("schema: false allows nothing")
         json_schema.check(schema, "schema")
         return "start: " + _embed(schema), schema
     if kind == "regex":
@@ -245,7 +256,7 @@ def _say(constraint: Constraint, problem: str, schema: Any) -> str:
     if constraint.kind == "json_schema":
         problem = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", problem).split("\n   ")[0]
         return "schema: " + json_schema.explain(problem.strip()[:400], schema)
-    name = {"json_object": "json_object", "grammar": "grammar"}.get(constraint.kind, constraint.kind)
-    if name != "grammar":
-        problem = re.sub(r"^at \d+\(\d+\): ", "", problem)
+    name = constraint.kind
+    if name != "grammar":  # no places in a text that the client has not seen
+        problem = re.sub(r"^at \d+\(\d+\): | \(in regex\)", "", problem).split("\n   1 | ")[0]
     return f"{name}: {problem[:400]}"

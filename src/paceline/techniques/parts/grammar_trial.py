@@ -1,12 +1,14 @@
 """Grammars tried out in a process of their own before one that serves depends on them.
 
-The compiler recurses as deep as a grammar nests and bounds most of its work, not all: there are short texts that overflow the stack, and
-others that do not come to an end. Here such a text ends a helper process, with a small stack, little memory and a deadline, and nothing else.
-Run as a module it is that helper: a line of JSON for each grammar, and a line back.
+The compiler recurses as deep as a grammar nests and bounds most of its work, not all: there are short texts that
+overflow the stack, and others that do not come to an end. Here such a text ends a helper process, which has a small
+stack, little memory and a deadline, and nothing else. Run as a module it is that helper: a line of JSON for each
+grammar, and a line back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -18,7 +20,7 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any
 
-SECONDS = 2.0  # for one grammar
+SECONDS = 1.5  # for one grammar
 START_SECONDS = 60.0
 STACK = 1 << 20  # bytes; the threads that compile for use have more
 MEMORY = 2 << 30  # bytes of address space
@@ -78,10 +80,8 @@ class Trial:
         helper.kill()
         for pipe in (helper.stdin, helper.stdout):
             if pipe is not None:
-                try:
+                with contextlib.suppress(OSError):  # what was still to be written to a process that has ended
                     pipe.close()
-                except OSError:
-                    pass  # what was still to be written to a process that has ended
         helper.wait()
 
     def _ask(self, message: Any, seconds: float) -> str:
@@ -137,8 +137,6 @@ def _try(tokenizer: Any, grammar: str) -> str:
         if matcher.is_error():
             return f"is too complex to follow: {matcher.get_error()}"
         others = tokens[tokens < 256]
-        if matcher.is_stopped() or not (len(others) or len(tokens)):
-            break
         if not len(others):
             break
         if not matcher.consume_token(int(others[draw.randrange(len(others))])):

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 from paceline.core.errors import RequestError
 
@@ -44,9 +44,7 @@ def parse(text: str, name: str) -> Any:
         raise RequestError(f"{name}: is not valid JSON ({str(e)[:200]})") from e
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH + 1):
-        level = [
-            c for v in level if isinstance(v, (dict, list)) for c in (v.values() if isinstance(v, dict) else v)
-        ]
+        level = [c for v in level if isinstance(v, (dict, list)) for c in (v.values() if isinstance(v, dict) else v)]
         if not level:
             return value
     raise RequestError(f"{name}: is nested more than {MAX_DEPTH} levels deep")
@@ -84,14 +82,14 @@ def check(schema: Any, name: str) -> None:
     for at, s in places(schema):
         counts["schemas"] += 1
         problems += [f"{at}: {p}" for p in _problems(s, schema, counts, refs)]
-        if len(problems) >= 5 or counts["schemas"] > MAX_SCHEMAS:
+        if len(problems) >= 5 or counts["schemas"] > MAX_SCHEMAS or len(refs) > MAX_REFS:
             break
     for what, most in (("schemas", MAX_SCHEMAS), ("properties", MAX_PROPERTIES), ("enum", MAX_ENUM),
                        ("patterns", MAX_PATTERNS)):  # fmt: skip
         if counts[what] > most:
             problems.append(f"{what}: more than the {most:,} that are accepted in all")
     if len(refs) > MAX_REFS:
-        problems.append(f"$ref: {len(refs)} different targets, more than the {MAX_REFS} that are accepted")
+        problems.append(f"$ref: more than the {MAX_REFS} different targets that are accepted")
     if problems:
         raise RequestError("; ".join(f"{name}: {p}" for p in problems[:5]))
 
@@ -114,7 +112,10 @@ def _problems(s: dict[str, Any], root: Any, counts: dict[str, int], refs: set[st
     if isinstance(s.get("allOf"), list) and len(s["allOf"]) > MAX_ALL_OF:
         yield f"allOf: {len(s['allOf'])} schemas, more than the {MAX_ALL_OF} that are accepted"
     yield from _numbers(s)
-    for pattern in (s.get("pattern"), *(s["patternProperties"] if isinstance(s.get("patternProperties"), dict) else ())):
+    for pattern in (
+        s.get("pattern"),
+        *(s["patternProperties"] if isinstance(s.get("patternProperties"), dict) else ()),
+    ):
         if isinstance(pattern, str):
             counts["patterns"] += 1
             if len(pattern) > MAX_PATTERN:
@@ -138,7 +139,7 @@ def _numbers(s: dict[str, Any]) -> Iterator[str]:
         yield f"multipleOf: {str(multiple)[:40]} is not from 1e-9 to {MAX_MULTIPLE:,}"
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
