@@ -25,7 +25,8 @@ from paceline.core.types import GREEDY, Constraint, Output, SamplingParams
 from paceline.core.verify import coupled, rejection
 from paceline.llm import LLM
 from paceline.techniques.output.llguidance import STATE, Masks
-from paceline.techniques.parts.grammar import Grammars, allowed_tokens
+from paceline.techniques.parts.grammar import Grammars, Mask
+from paceline.techniques.parts.grammar_trial import Trial
 
 from .tiny import request, tiny_engine
 
@@ -392,7 +393,7 @@ REFUSED = [
     ("grammar", "start: <|nobody|>", "unknown special token"),
     ("grammar", "start: " + "(" * 5000 + '"a"' + ")" * 5000, "nested"),
     ("grammar", chain(4000, "r{0}: r{1}", '\nr{}: "a"'), "too complex"),
-    ("grammar", chain(60, "T{0}: T{1} T{1}", '\nT{}: "a"').replace("r0", "T0"), "too big"),
+    ("grammar", chain(60, "T{0}: T{1} T{1}", '\nT{}: "a"').replace("r0", "T0"), "too big|too complex"),
     ("grammar", "start: A\nA: " + " & ".join(f"/.*a.{{{i}}}b.*/" for i in range(20)), "too complex|fuel"),
     ("grammar", 'start: %json {"not": {}, "x-guidance": {"lenient": true}}', "x-guidance"),
     ("grammar", 'start: %json {"not": {}}', "not"),
@@ -443,8 +444,26 @@ def test_what_cannot_be_kept_is_refused_with_its_reason(grammars: Grammars, kind
 )
 def test_large_but_harmless(grammars: Grammars, kind: Any, text: str) -> None:
     matcher = grammars.compile(Constraint(kind, text)).matcher()
-    assert allowed_tokens(matcher, grammars.n_vocab).any()
+    assert Mask(matcher, grammars.n_vocab)
     assert not matcher.is_error()
+
+
+def test_the_helper_process_is_replaced_when_lost_and_ended_on_close() -> None:
+    trial = Trial(["<|call|>"])
+    good, endless = 'start: <|call|> "a"', "start: A\nA: " + " & ".join(f"/.*a.{{{i}}}b.*/" for i in range(40))
+    assert trial.why_not(good) is None
+    first = trial._helper
+    assert first is not None
+    assert "too complex" in (trial.why_not(endless) or "")
+    assert first.poll() is not None
+    assert trial.why_not(good) is None
+    assert trial._helper is not None
+    trial._helper.kill()
+    trial._helper.wait()
+    assert trial.why_not(good) is None
+    last = trial._helper
+    trial.close()
+    assert last.poll() is not None
 
 
 def test_compiled_grammars_are_kept_and_bounded(grammars: Grammars) -> None:
@@ -511,7 +530,7 @@ def test_masks_are_those_of_brute_force(name: str, request: pytest.FixtureReques
             rest = [t.encode()[at:] for t in texts if t.encode()[:at] == whole[:at]]
             want = {i for i, p in enumerate(pieces) if p and any(r.startswith(p) for r in rest)}
             want |= {eos} if b"" in rest else set()
-            assert set(np.nonzero(allowed_tokens(matcher, n))[0].tolist()) == want
+            assert set(Mask(matcher, n).tokens().tolist()) == want
             if at == len(whole):
                 break
             token = rng.choice([i for i in want if i != eos and whole[at:].startswith(pieces[i])])

@@ -6,7 +6,9 @@ The matcher is a function of the sequence's own output tokens: it is made again 
 and follows a draft forwards and back. End tokens are allowed where the text satisfies the constraint, and forced where
 nothing else can follow. Whatever goes wrong ends the sequence with an error; the text is never continued freely.
 
-Cost: nothing for sequences without a constraint. Measured (`python benchmarks/constrained_schemas.py --masks FOLDER`): see there.
+Cost: nothing for sequences without a constraint. Measured (`python benchmarks/constrained_schemas.py --masks FOLDER`) with
+a vocabulary of 128,000: about 100 us per token for JSON, of which the matcher takes 10 to 40; 0.5 to 1 ms where nearly
+every token is to be looked at, as in the middle of a word of a regular expression. 0.5 to 1.5 s, once, for the vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from paceline.core.errors import RequestError
 from paceline.core.sequence import Sequence
 from paceline.core.technique import Manifest, Technique
 from paceline.core.types import SamplingParams
-from paceline.techniques.parts.grammar import Grammar, Grammars, allowed_tokens
+from paceline.techniques.parts.grammar import Grammar, Grammars, Mask
 
 STATE = "output/llguidance"
 
@@ -56,9 +58,9 @@ class Follower:
     def n_safe(self) -> int:
         return self._n_safe
 
-    def allowed(self, n_vocab: int) -> np.ndarray:
-        """uint8 (n_vocab,): 1 for the tokens that may come next, the end tokens among them."""
-        found = allowed_tokens(self._matcher, n_vocab)
+    def allowed(self, n_vocab: int) -> Mask:
+        """The tokens that may come next, the end tokens among them."""
+        found = Mask(self._matcher, n_vocab)
         self._check(not self._matcher.is_error())
         return found
 
@@ -106,16 +108,23 @@ class Masks:
         allowed = follower.allowed(self.grammars.n_vocab)
         if follower.error is not None:
             return _fail(logits, seq, follower.error)
-        may_end = bool(allowed[eos].any())
-        allowed[eos] = 0
-        goes_on = bool(allowed.any())
-        if may_end and not goes_on:
+        ends = [t for t in eos if t in allowed]
+        for t in ends:
+            allowed.forbid(t)
+        goes_on = bool(allowed)
+        if ends and not goes_on:
             return _only(logits, eos)
-        if may_end and not _put_off(seq, len(history) - seq.n_prompt):
-            allowed[eos] = 1
+        if ends and not _put_off(seq, len(history) - seq.n_prompt):
+            for t in ends:
+                allowed.allow(t)
         elif not goes_on:
             return _fail(logits, seq, "the constraint could not be followed any further: it allows no token here")
-        return _mask(logits, allowed, seq)
+        allowed.apply(logits)
+        if seq.params.min_tokens and seq.params.stop_token_ids and logits.max() == -np.inf:
+            return _fail(
+                logits, seq, "the constraint allows only tokens of stop_token_ids here, which min_tokens forbids"
+            )
+        return logits
 
     def _follower(self, seq: Sequence) -> Follower:
         found = seq.states.get(STATE)
@@ -131,16 +140,7 @@ def _put_off(seq: Sequence, n_output: int) -> bool:
     return seq.params.ignore_eos or n_output < seq.params.min_tokens
 
 
-def _mask(logits: np.ndarray, allowed: np.ndarray, seq: Sequence) -> np.ndarray:
-    n = min(len(logits), len(allowed))
-    np.copyto(logits[:n], -np.inf, where=allowed[:n] == 0)
-    logits[n:] = -np.inf
-    if seq.params.min_tokens and seq.params.stop_token_ids and logits.max() == -np.inf:
-        return _fail(logits, seq, "the constraint allows only tokens of stop_token_ids here, which min_tokens forbids")
-    return logits
-
-
-def _only(logits: np.ndarray, eos: np.ndarray) -> np.ndarray:
+def _only(logits: np.ndarray, eos: list[int]) -> np.ndarray:
     """Force an end token, also where min_tokens has ruled them out; which one remains the model's choice."""
     ends = logits[eos]
     logits[:] = -np.inf

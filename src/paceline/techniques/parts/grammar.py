@@ -60,10 +60,39 @@ def new_matcher(tokenizer: llguidance.LLTokenizer, grammar: str) -> llguidance.L
     return llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits())
 
 
-def allowed_tokens(matcher: llguidance.LLMatcher, n_vocab: int) -> np.ndarray:
-    """uint8 (n_vocab,): 1 for the tokens that may come next. Of no meaning when the matcher `is_error` afterwards."""
-    words = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-    return np.unpackbits(words, count=n_vocab, bitorder="little")
+class Mask:
+    """The tokens that may come next, a bit each: token t is bit t % 8 of byte t // 8.
+
+    Of no meaning when the matcher `is_error` afterwards.
+    """
+
+    _ADDED = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf)
+    _ADDED = _ADDED.astype(np.float32)  # what each byte adds to eight logits
+
+    def __init__(self, matcher: llguidance.LLMatcher, n_vocab: int):
+        self._bits = np.frombuffer(bytearray(matcher.compute_bitmask()), np.uint8)
+        self._n = n_vocab
+
+    def __contains__(self, token: int) -> bool:
+        return bool(self._bits[token >> 3] >> (token & 7) & 1)
+
+    def __bool__(self) -> bool:
+        return bool(self._bits.any())
+
+    def forbid(self, token: int) -> None:
+        self._bits[token >> 3] &= ~(1 << (token & 7)) & 255
+
+    def allow(self, token: int) -> None:
+        self._bits[token >> 3] |= 1 << (token & 7)
+
+    def tokens(self) -> np.ndarray:
+        """int64 (n,): their ids."""
+        return np.nonzero(np.unpackbits(self._bits, count=self._n, bitorder="little"))[0]
+
+    def apply(self, logits: np.ndarray) -> None:
+        """Make the logits (at least n_vocab) of all others -inf, in place."""
+        logits[: self._n] += self._ADDED.take(self._bits, axis=0).reshape(-1)[: self._n]
+        logits[self._n :] = -np.inf
 
 
 class Grammar:
@@ -87,7 +116,7 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, eos: frozenset[int] | None = None):
         self.tokenizer = tokenizer
         self.n_vocab = tokenizer.n_vocab
-        self.eos = np.array(sorted(t for t in (eos or tokenizer.ends) if t < self.n_vocab), np.int64)
+        self.eos = sorted(t for t in (eos or tokenizer.ends) if t < self.n_vocab)
         special = tokenizer.backend.get_added_tokens_decoder()
         self._trial = Trial([token.content for token in special.values() if token.special])
         self._kept: OrderedDict[Constraint, Grammar | str] = OrderedDict()
@@ -129,7 +158,7 @@ class Grammars:
         return found
 
     def _compile(self, constraint: Constraint) -> Grammar:
-        if not len(self.eos):
+        if not self.eos:
             raise RequestError("constraint: the model has no end token, so constrained output could not end")
         if not self.tokenizer.scheme.joins:
             raise RequestError(
@@ -142,7 +171,7 @@ class Grammars:
             raise RequestError(_say(constraint, problem, schema))
         found = Grammar(new_matcher(self._tokens(), grammar))
         first = found.matcher()
-        allowed_tokens(first, self.n_vocab)
+        Mask(first, self.n_vocab)
         if first.is_error():
             raise RequestError(_say(constraint, str(first.get_error()), schema))
         return found
@@ -151,18 +180,18 @@ class Grammars:
         """The vocabulary as a trie, made when first needed: half a second for 128k tokens."""
         if self._ll is None:
             wrapper = llguidance.TokenizerWrapper(_Vocabulary(self.tokenizer, self.eos))
-            self._ll = llguidance.LLTokenizer(wrapper, n_vocab=self.n_vocab, eos_token=self.eos.tolist())
+            self._ll = llguidance.LLTokenizer(wrapper, n_vocab=self.n_vocab, eos_token=self.eos)
         return self._ll
 
 
 class _Vocabulary:
     """The bytes of every token, as llguidance takes them: one account of them, whatever kind of tokenizer it is."""
 
-    def __init__(self, tokenizer: Tokenizer, eos: np.ndarray):
+    def __init__(self, tokenizer: Tokenizer, eos: list[int]):
         self._tokenizer = tokenizer
         self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.n_vocab)]
-        self.special_token_ids = sorted(tokenizer.special_ids | set(eos.tolist()))
-        self.eos_token_id = int(eos[0])
+        self.special_token_ids = sorted(tokenizer.special_ids | set(eos))
+        self.eos_token_id = eos[0]
         self.bos_token_id = tokenizer.bos
 
     def __call__(self, text: str) -> list[int]:

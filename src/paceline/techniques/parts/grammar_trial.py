@@ -9,6 +9,7 @@ grammar, and a line back.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import random
@@ -67,7 +68,9 @@ class Trial:
         command, env = [sys.executable, "-m", __name__], {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
         try:
-            self._helper = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=env)
+            self._helper = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=env, start_new_session=True
+            )
             self._ask(self._specials, START_SECONDS)
         except (OSError, TimeoutError) as e:
             self._stop()
@@ -126,14 +129,14 @@ class _Bytes:
 
 def _try(tokenizer: Any, grammar: str) -> str:
     """ "" or what is wrong. Compiles, and writes some bytes at random, since work is put off until it is needed."""
-    from paceline.techniques.parts.grammar import allowed_tokens, new_matcher
+    from paceline.techniques.parts.grammar import Mask, new_matcher
 
     matcher = new_matcher(tokenizer, grammar)
     if matcher.is_error():
         return str(matcher.get_error())
     draw = random.Random(0)
     for _ in range(N_STEPS):
-        tokens = allowed_tokens(matcher, tokenizer.vocab_size).nonzero()[0]
+        tokens = Mask(matcher, tokenizer.vocab_size).tokens()
         if matcher.is_error():
             return f"is too complex to follow: {matcher.get_error()}"
         others = tokens[tokens < 256]
@@ -154,7 +157,9 @@ def _serve() -> None:
     tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes(specials)), eos_token=[256])
     print(json.dumps(""), flush=True)
     for line in sys.stdin:
+        faulthandler.dump_traceback_later(4 * SECONDS, exit=True)  # should nobody be there any more to end this process
         print(json.dumps(_try(tokenizer, json.loads(line))[:4000]), flush=True)
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _limit_memory() -> None:
