@@ -7,7 +7,7 @@ and follows a draft forwards and back. End tokens are allowed where the text sat
 nothing else can follow. Whatever goes wrong ends the sequence with an error; the text is never continued freely.
 
 Cost: nothing for sequences without a constraint. Measured (`python benchmarks/constrained_schemas.py --masks FOLDER`) with
-a vocabulary of 128,000: about 100 us per token for JSON, of which the matcher takes 10 to 40; 0.5 to 1 ms where nearly
+a vocabulary of 128,000: 100 to 180 us per token for JSON, of which the matcher takes 10 to 50; 0.5 to 1 ms where nearly
 every token is to be looked at, as in the middle of a word of a regular expression. 0.5 to 1.5 s, once, for the vocabulary.
 """
 
