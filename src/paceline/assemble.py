@@ -194,8 +194,8 @@ def assemble(
     net = loader.load(seen.checkpoint, ops, format=seen.formats, context=plan.context, progress=told)
     groups = make_groups(seen.config.states, plan.page_size)
     cache = KVCache(groups, ops, plan.kv_dtype, plan.n_pages)
-    parts = build_parts(plan, cache)
     eos = end_tokens(seen)
+    parts = build_parts(BuildContext(plan, cache, tokenizer, eos))
     capacity = min(plan.context, (plan.n_pages - 1) * plan.page_size)
     serving = Serving(seen.config.n_vocab, capacity, eos, "the context" if capacity == plan.context else "the KV cache")
     text: dict[str, Any] = {} if tokenizer is None else {"text": lambda p: StreamText(tokenizer, p)}
@@ -214,13 +214,15 @@ class BuildContext:
 
     plan: Plan
     cache: KVCache
+    tokenizer: Tokenizer | None
+    eos: frozenset[int]
 
 
-def build_parts(plan: Plan, cache: KVCache) -> Parts:
+def build_parts(context: BuildContext) -> Parts:
     parts = Parts()
-    for technique in plan.techniques:
+    for technique in context.plan.techniques:
         seams = sorted(technique.manifest().seams)
-        built = technique.build(BuildContext(plan, cache))
+        built = technique.build(context)
         for seam, part in (built if isinstance(built, dict) else {seams[0]: built}).items():
             held = getattr(parts, seam)
             if isinstance(held, list):

@@ -114,7 +114,7 @@ def test_eval(tmp_path: Path) -> None:
 def test_explain_reads_no_weights_and_names_every_problem() -> None:
     plan = answer("explain", "-c", "512")
     assert plan["context"] == 512
-    assert plan["techniques"] == ["serving/radix", "serving/splitfuse"]
+    assert plan["techniques"] == ["serving/radix", "serving/splitfuse", "output/llguidance"]
     args = ("--dtype", "fp7", "--isa", "mmx", "--use", "kvcache/nothing", "--format", "int5", "--max-rows", "0")
     bad = paceline("explain", *SMALL[:2], *args)
     assert bad.returncode == 2

@@ -639,7 +639,7 @@ def test_thoughts_stay_free(choice: str, marked: bool) -> None:
 
 
 def test_a_named_or_required_function_without_strictness_and_none() -> None:
-    loose = functions([{"type": "function", "function": {"name": "f", "parameters": {"properties": {}, "if": {}}}}])
+    loose = functions([{"type": "function", "function": {"name": "f", "parameters": {"properties": {}}}}])
     for name in CALLING:
         assert constraint(get(name), loose) is None
         assert constraint(get(name), loose, "none") is None

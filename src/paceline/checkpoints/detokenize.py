@@ -12,7 +12,7 @@ import codecs
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from tokenizers.decoders import Decoder
 
@@ -35,6 +35,10 @@ class Stream(Protocol):
 
 class Scheme(Protocol):
     """How a vocabulary writes text."""
+
+    @property
+    def joins(self) -> bool:
+        """Whether a text is the bytes of its tokens joined, whatever stands beside them."""
 
     def open(self) -> Stream: ...
 
@@ -92,6 +96,8 @@ _BYTES = _byte_table()
 
 
 class _ByteLevel:
+    joins = True
+
     def open(self) -> Stream:
         return _ByteStream()
 
@@ -133,6 +139,7 @@ class _Fallback:
     has_bytes: bool
     strip: str
     n_strip: int
+    joins: ClassVar[bool] = True  # but for the spaces at the start of a text
 
     def open(self) -> Stream:
         return _FallbackStream(self)
@@ -215,6 +222,8 @@ class _FallbackStream:
 class _Spaced:
     """No decoder: tokens with a space between them."""
 
+    joins = False
+
     def open(self) -> Stream:
         return _SpacedStream()
 
@@ -243,6 +252,7 @@ class _Window:
     decoder: Decoder
     n_context: int = 16
     n_pending: int = 16
+    joins: ClassVar[bool] = False
 
     def open(self) -> Stream:
         return _WindowStream(self)

@@ -187,6 +187,7 @@ class Engine:
         problems = self.serving.problems(request)
         if request.id in self.live:
             problems.append(f"id = {request.id!r}: a request of this id is being served")
+        problems += self.runner.sampler.why_not(request.params)
         if problems:
             raise RequestError("; ".join(problems))
 
@@ -264,7 +265,9 @@ class Engine:
         n_output = len(seq.tokens) - seq.n_prompt
         reason: FinishReason | None = None
         stop: str | int | None = None
-        if n_output >= p.min_tokens:
+        if p.constraint is not None and token in self.serving.eos:
+            reason = "stop"  # drawn only where the constraint allows it; see SamplingParams
+        elif n_output >= p.min_tokens:
             if token in self.serving.eos and not p.ignore_eos:
                 reason, stop = "stop", None
             elif token in p.stop_token_ids:

@@ -144,11 +144,14 @@ class Runner:
     def _take(self, seq: Sequence, drawn: Drawn) -> bool:
         if drawn.token < 0:
             seq.finish_reason = "error"
-            seq.error = (
+            seq.error = seq.error or (
                 "the model's logits are not finite (NaN or infinite): the weights or their quantisation are damaged"
             )
             return True
-        return self.append(seq, drawn)
+        ended = self.append(seq, drawn)
+        if ended:
+            seq.error = None  # a part of the logits chain may have failed in a draft, beyond the end
+        return ended
 
     def _settle_draft(self, share: Share, logits: np.ndarray) -> Sequence:
         """Keep the accepted nodes' state, append their tokens and the one after them."""

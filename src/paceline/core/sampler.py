@@ -22,10 +22,22 @@ _VERIFY_STREAM = 1 << 20
 
 
 class LogitsPart(Protocol):
-    """One link of the logits chain; `state` lives in the sequence, `history` are all tokens before the one to choose."""
+    """One link of the logits chain; its state lives in `seq.states`, `history` are all tokens before the one to choose: the committed
+    ones and a path of the draft, every token of which was drawn from what `apply` gave.
+
+    serves: the fields of SamplingParams that nothing else honours (so far: "constraint").
+    """
+
+    serves: frozenset[str]
+
+    def why_not(self, params: SamplingParams) -> str | None:
+        """Why requests of these parameters cannot be served; None where they can, or where this does not concern them."""
+
+    def wants(self, seq: Sequence) -> bool:
+        """Whether it changes logits of this sequence. The others cost nothing."""
 
     def apply(self, logits: np.ndarray, seq: Sequence, history: Seq[int]) -> np.ndarray:
-        """float32 (n_vocab,) to float32 (n_vocab,); may write in place."""
+        """float32 (n_vocab,) to float32 (n_vocab,); may write in place. Where no token is left, all are -inf and `seq.error` says why."""
 
 
 class Drawn(NamedTuple):
@@ -71,7 +83,16 @@ class Sampler:
 
     def adjusts(self, seq: Sequence, history: Seq[int]) -> bool:
         """Whether anything precedes temperature for the token after `history`."""
-        return bool(self.chain) or needs_adjusting(seq.params, len(history) - seq.n_prompt)
+        return needs_adjusting(seq.params, len(history) - seq.n_prompt) or any(part.wants(seq) for part in self.chain)
+
+    def why_not(self, params: SamplingParams) -> list[str]:
+        """Everything the chain, or the lack of one, has against these parameters."""
+        problems = [why for part in self.chain if (why := part.why_not(params)) is not None]
+        if params.constraint is not None and not any("constraint" in part.serves for part in self.chain):
+            problems.append(
+                "constraint: the technique that keeps to it is switched off; leave it on, or the constraint out"
+            )
+        return problems
 
     def adjusted(self, seq: Sequence, logits: np.ndarray, history: Seq[int]) -> np.ndarray:
         """A copy of the row with everything that precedes temperature applied."""
@@ -84,7 +105,8 @@ class Sampler:
         if n_output < p.min_tokens:
             row[[t for t in (*self.eos, *p.stop_token_ids) if t < row.shape[0]]] = -np.inf
         for part in self.chain:
-            row = part.apply(row, seq, history)
+            if part.wants(seq):
+                row = part.apply(row, seq, history)
         return row
 
     def draw(self, seqs: Seq[Sequence], logits: np.ndarray) -> list[Drawn]:
@@ -169,8 +191,10 @@ class _Target:
 
 
 def warp(logits: np.ndarray, p: SamplingParams) -> np.ndarray:
-    """float64 (n_vocab,): the distribution `ops.sample` draws from, in full."""
+    """float64 (n_vocab,): the distribution `ops.sample` draws from, in full; zeros where it gives -1."""
     x = logits.astype(np.float64)
+    if not np.isfinite(x.max()):
+        return np.zeros_like(x)
     order = np.argsort(-x, kind="stable")
     if p.temperature < GREEDY_BELOW:
         out = np.zeros_like(x)

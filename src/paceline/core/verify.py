@@ -33,7 +33,7 @@ class Target(Protocol):
         """The token plain decoding would take here; -1 when the logits are unusable."""
 
     def probs(self, node: int, path: tuple[int, ...]) -> np.ndarray:
-        """float64 (n_vocab,) distribution plain decoding draws from here."""
+        """float64 (n_vocab,) distribution plain decoding draws from here; all zeros when the logits are unusable."""
 
     def uniform(self, path: tuple[int, ...], k: int) -> float:
         """The k-th auxiliary random number in [0, 1) at this place, repeatable."""
@@ -64,6 +64,8 @@ def rejection(draft: Draft, target: Target) -> Verdict:
     node = -1
     while True:
         p = target.probs(node, path)
+        if not p.any():
+            return Verdict(path, -1)
         taken = None
         tried = 0
         for child in children(draft, node):

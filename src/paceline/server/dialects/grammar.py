@@ -18,8 +18,6 @@ MAX_TOOLS = 128
 MAX_CALLS = 128  # of one answer
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _CHOICES = ("none", "auto", "required")
-# The spaces that templates' tojson writes, and none beside them, so that a model cannot fill its answer with them.
-_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True)
@@ -202,9 +200,8 @@ def _regex(text: str) -> str:
 
 
 def _schema(function: Function) -> str:
-    """Keywords that llguidance does not know are an error for a strict function, and left out for another."""
-    layout = {**_LAYOUT, "lenient": not function.strict}
+    """A keyword that cannot be kept to is an error, told when the grammar is compiled."""
     try:
-        return json.dumps({**function.parameters, "type": "object", "x-guidance": layout}, allow_nan=False)
+        return json.dumps({**function.parameters, "type": "object"}, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as e:
         raise RequestError(f"tools: the parameters of {function.name} are no JSON schema ({str(e)[:80]})") from e
