@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from paceline.assemble import inspect
@@ -26,9 +27,11 @@ from paceline.server.dialects import reasoning
 from paceline.server.dialects.reasoning import Tags
 from paceline.server.errors import ApiError, Unavailable
 from paceline.server.supervisor import Restarts, Supervisor
+from paceline.techniques.parts.grammar import Grammars
 
 log = logging.getLogger("paceline.server")
 
+CONSTRAINTS = "output/llguidance"
 LONG_TEXT = 4096  # characters from which on encoding leaves the event loop
 
 
@@ -134,6 +137,26 @@ class Model:
             raise RequestError(f"messages: {self.front.why_no_template}")
         return await asyncio.to_thread(template.render, messages, **arguments)
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self.ready.serving.eos)
+
+    async def check_constraint(self, params: SamplingParams) -> None:
+        """Raise RequestError for a constraint that cannot be kept to, before anything is queued."""
+        if params.constraint is None:
+            return
+        if not any(t.name == CONSTRAINTS for t in self.front.plan.techniques):
+            raise RequestError(
+                f"response_format: this server runs without {CONSTRAINTS}; nothing else keeps to a constraint"
+            )
+        await asyncio.to_thread(self.grammars.check, params.constraint)
+
+    async def stop(self) -> None:
+        """End its processes."""
+        await self.supervisor.stop()
+        if "grammars" in vars(self):
+            self.grammars.close()
+
     def text_of(self, token: int) -> str:
         return "" if self.front.tokenizer is None else self.front.tokenizer.decode([token], skip_special_tokens=False)
 
@@ -213,7 +236,7 @@ class Models:
         if model is not None:
             log.info("unloading %s", name)
             await _until_idle([model], drain_s)
-            await model.supervisor.stop()
+            await model.stop()
 
     async def reload(self, name: str, path: str | None, drain_s: float) -> Model:
         """Serve a name from what lies at `path` (None: where it came from) now. Requests in hand are finished by the old model.
@@ -234,7 +257,7 @@ class Models:
                 if old is None:
                     raise
                 await _until_idle([old], drain_s)
-                await old.supervisor.stop()
+                await old.stop()
                 old = None
                 new = await self._load(offer)
             except PacelineError:
@@ -270,4 +293,4 @@ async def _leave(model: Model, drain_s: float) -> None:
     try:
         await _until_idle([model], drain_s)
     finally:
-        await model.supervisor.stop()
+        await model.stop()

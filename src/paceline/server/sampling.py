@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from paceline.core.errors import RequestError
-from paceline.core.types import Constraint, SamplingParams
+from paceline.core.types import Constraint, ConstraintKind, SamplingParams
 from paceline.server.answer import one_field
 from paceline.server.errors import ApiError
 from paceline.server.models import Model
@@ -143,10 +143,10 @@ def _of_format(form: Format | None) -> Constraint | None:
     if form is None or form.type == "text":
         return None
     if form.type == "json_object":
-        return Constraint("json_object", "")
+        return _made("response_format", "json_object", "")
     if form.json_schema is None or form.json_schema.schema is None:
         raise ApiError(400, "response_format.json_schema.schema: is missing", param="response_format")
-    return Constraint("json_schema", msgspec.json.encode(form.json_schema.schema).decode())
+    return _made("response_format", "json_schema", msgspec.json.encode(form.json_schema.schema).decode())
 
 
 def _of_structured(s: Structured | None) -> Constraint | None:
@@ -162,9 +162,20 @@ def _of_structured(s: Structured | None) -> Constraint | None:
     kind = given[0]
     value = getattr(s, kind)
     if kind == "schema":
-        return Constraint("json_schema", value if isinstance(value, str) else msgspec.json.encode(value).decode())
+        return _made(
+            "structured_outputs",
+            "json_schema",
+            value if isinstance(value, str) else msgspec.json.encode(value).decode(),
+        )
     if kind == "choice":
-        return Constraint("choice", msgspec.json.encode(value).decode())
+        return _made("structured_outputs", "choice", msgspec.json.encode(value).decode())
     if kind == "json_object":
-        return Constraint("json_object", "")
-    return Constraint("regex" if kind == "regex" else "grammar", value)
+        return _made("structured_outputs", "json_object", "")
+    return _made("structured_outputs", "regex" if kind == "regex" else "grammar", value)
+
+
+def _made(field: str, kind: ConstraintKind, text: str) -> Constraint:
+    try:
+        return Constraint(kind, text)
+    except RequestError as e:
+        raise ApiError(400, f"{field}: {str(e).removeprefix('constraint: ')}", param=field) from None

@@ -113,6 +113,7 @@ async def prepare(call: Call, model: Model, asked: Asked) -> Turn:
         tokens = tokens[-asked.truncate :]
     params = _constrained(model, prompt, asked, functions, dialect)
     params = params.with_(show_special=dialects.visible(model.tokenizer, _marks(model, dialect)))
+    await model.check_constraint(params)
     return Turn(call, model, prompt, tokens, params, asked, {f.name for f in allowed})
 
 

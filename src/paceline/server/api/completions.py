@@ -60,6 +60,7 @@ async def completions(call: Call, body: CompletionRequest) -> ASGIApp:
     if body.echo and body.logprobs is not None:
         more["prompt_logprobs"] = body.logprobs
     sampling = params(body, model, call.server.settings.bounds, **more)
+    await model.check_constraint(sampling)
     answer = Answer(
         call, model, prompts, sampling, generate=limit > 0, priority=body.priority, salt=body.cache_salt or ""
     )

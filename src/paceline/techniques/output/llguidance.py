@@ -79,6 +79,12 @@ class Masks:
         self.grammars = None if tokenizer is None else Grammars(tokenizer, eos)
         self._ends = eos
 
+    def trust(self) -> None:
+        """Constraints come from a front that has checked them (`Grammars.check`): compile them without a trial. Makes the trie, too."""
+        if self.grammars is not None:
+            self.grammars.tried = True
+            self.grammars.warm()
+
     def why_not(self, params: SamplingParams) -> str | None:
         """Compiles the constraint, so that `apply` finds it ready."""
         if params.constraint is None:

@@ -111,10 +111,12 @@ class Grammars:
     """Compiles constraints for one tokenizer and keeps the last MAX_KEPT. Safe to use from several threads; `compile` takes up to
     `grammar_trial.SECONDS` for a hostile text, so call it where waiting is no harm.
 
-    eos: the model's end tokens; by default the tokenizer's.
+    eos: the model's end tokens; by default the tokenizer's. tried: what is to be compiled has passed `check` in another process, so that
+    it need not be tried here again.
     """
 
-    def __init__(self, tokenizer: Tokenizer, eos: frozenset[int] | None = None):
+    def __init__(self, tokenizer: Tokenizer, eos: frozenset[int] | None = None, tried: bool = False):
+        self.tried = tried
         self.tokenizer = tokenizer
         self.n_vocab = tokenizer.n_vocab
         self.eos = sorted(t for t in (eos or tokenizer.ends) if t < self.n_vocab)
@@ -135,6 +137,23 @@ class Grammars:
             raise RequestError(kept)
         return kept
 
+    def check(self, constraint: Constraint) -> None:
+        """Raise RequestError as `compile` does, but for what only the vocabulary can show, which is not looked at here."""
+        kept = self._look_up(constraint)
+        if kept is None:
+            try:
+                self._translated(constraint, try_it=True)
+            except RequestError as e:
+                self._remember(constraint, str(e))
+                raise
+        elif isinstance(kept, str):
+            raise RequestError(kept)
+
+    def warm(self) -> None:
+        """Make the vocabulary's trie now rather than at the first constraint."""
+        with self._work:
+            self._tokens()
+
     def close(self) -> None:
         """End the helper process."""
         self._trial.close()
@@ -152,13 +171,17 @@ class Grammars:
             found = self._compile(constraint)
         except RequestError as e:
             found = str(e)
+        self._remember(constraint, found)
+        return found
+
+    def _remember(self, constraint: Constraint, found: Grammar | str) -> None:
         with self._lock:
             self._kept[constraint] = found
             if len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
-        return found
 
-    def _compile(self, constraint: Constraint) -> Grammar:
+    def _translated(self, constraint: Constraint, *, try_it: bool) -> tuple[str, Any]:
+        """The grammar, and its JSON Schema where it has one. Raises RequestError."""
         if not self.eos:
             raise RequestError("constraint: the model has no end token, so constrained output could not end")
         if not self.tokenizer.scheme.joins:
@@ -167,9 +190,13 @@ class Grammars:
             )
         text, schema = translate(constraint)
         grammar = llguidance.LLMatcher.grammar_from_lark(text + _OPTIONS)
-        problem = self._trial.why_not(_TOKEN_IDS.sub("<[256]>", grammar))
+        problem = self._trial.why_not(_TOKEN_IDS.sub("<[256]>", grammar)) if try_it else None
         if problem is not None:
             raise RequestError(_say(constraint, problem, schema))
+        return grammar, schema
+
+    def _compile(self, constraint: Constraint) -> Grammar:
+        grammar, schema = self._translated(constraint, try_it=not self.tried)
         found = Grammar(new_matcher(self._tokens(), grammar))
         first = found.matcher()
         Mask(first, self.n_vocab)
