@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from paceline.core.batch import MAX_TREE
 from paceline.core.kvcache import KVCache
 from paceline.core.sequence import NO_DRAFT, Sequence
+from paceline.core.tiers import Tiers
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,22 @@ class FirstCome:
         return max(running, key=self._key)
 
 
+class Watcher(Protocol):
+    """Who is told what a prefix index takes in and gives up; page ids are one per group."""
+
+    def added(self, before: int, tokens: Seq[int], pages: Seq[Seq[int]], salt: str) -> None:
+        """Full pages of these tokens, behind the page `before` of group 0 (-1: at the beginning of a text)."""
+
+    def dropping(self, pages: Seq[int]) -> None:
+        """One page, whose content still stands."""
+
+    def cleared(self) -> None: ...
+
+
 class Prefix(Protocol):
-    """The `prefix` seam: pages of computed prefixes, found by their tokens."""
+    """The `prefix` seam: pages of computed prefixes, found by their tokens. watcher: set before use, if at all."""
+
+    watcher: Watcher | None
 
     def match(self, tokens: Seq[int], salt: str) -> tuple[int, list[list[int]]]:
         """Tokens matched and their pages per group, to be given to `KVCache.adopt` before anything else happens."""
@@ -82,8 +97,10 @@ class Share:
 
 
 class Scheduler:
-    def __init__(self, cache: KVCache, limits: Limits, policy: Policy, prefix: Prefix | None = None):
-        self.cache, self.limits, self.policy, self.prefix = cache, limits, policy, prefix
+    def __init__(
+        self, cache: KVCache, limits: Limits, policy: Policy, prefix: Prefix | None = None, tiers: Tiers | None = None
+    ):
+        self.cache, self.limits, self.policy, self.prefix, self.tiers = cache, limits, policy, prefix, tiers
         cache.evict = prefix.evict if prefix is not None else None
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -92,6 +109,8 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
+        if self.tiers is not None and self._reuses(seq):
+            self.tiers.prefetch(seq)
 
     def run(self, seq: Sequence) -> None:
         """Take in a sequence that already has state (a fork)."""
@@ -110,6 +129,8 @@ class Scheduler:
         if seq.kv is not None:
             self.cache.free(seq.kv)
             seq.kv = None
+        if self.tiers is not None:
+            self.tiers.forget(seq)
 
     def schedule(self, now: float) -> list[Share]:
         shares: list[Share] = []
@@ -138,6 +159,8 @@ class Scheduler:
         for seq in self.policy.order(self.waiting, now):
             if rows == 0 or len(self.running) >= self.limits.max_seqs:
                 break
+            if self.tiers is not None and self._reuses(seq) and not self.tiers.ready(seq, not (self.running or shares)):
+                continue
             share = self._try_start(seq, min(rows, chunk))
             while share is None and self.parked and not self.running:
                 self._preempt(self.parked[0])
@@ -159,14 +182,21 @@ class Scheduler:
         return share
 
     def _start(self, seq: Sequence) -> None:
-        """Give a sequence its cache, with what the prefix index already holds of it."""
-        if self.prefix is None or seq.params.prompt_logprobs is not None or seq.request.pool is not None:
+        """Give a sequence its cache, with what the prefix index, or a tier, already holds of it."""
+        if self.prefix is None or not self._reuses(seq):
             seq.kv = self.cache.new()
             return
         n, pages = self.prefix.match(seq.tokens, seq.request.salt)
         seq.kv = self.cache.adopt(pages, n)
+        if self.tiers is not None and self.tiers.restore(seq):
+            n = seq.kv.lens[0]
+            self.prefix.insert(seq.tokens, seq.kv, seq.request.salt)
         seq.n_computed = n
         seq.n_cached = min(n, seq.n_prompt)
+
+    def _reuses(self, seq: Sequence) -> bool:
+        """Whether it may start from known state: not when something is asked of its every row."""
+        return seq.params.prompt_logprobs is None and seq.request.pool is None
 
     def _share(self, seq: Sequence, rows: int, shares: list[Share]) -> Share | None:
         """Reserve for a running sequence, preempting victims until it fits; None when it had to give way itself."""
