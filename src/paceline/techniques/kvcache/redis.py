@@ -44,13 +44,14 @@ class RedisStore:
             import redis
         except ImportError:
             raise ConfigError("kvcache/redis needs the redis package: pip install 'paceline[redis]'") from None
-        limits = {"socket_connect_timeout": CONNECT_SECONDS, "socket_timeout": CALL_SECONDS}
+        ours = {"socket_connect_timeout": CONNECT_SECONDS, "socket_timeout": CALL_SECONDS, "decode_responses": False}
         try:
-            self._server: Any = redis.Redis.from_url(url, retry=None, max_connections=4, **limits)
+            self._server: Any = redis.Redis.from_url(url, protocol=2, retry=None, max_connections=4)
         except Exception:  # whatever the parser raises would quote the URL
             raise ConfigError(
                 "kvcache/redis: url is not redis://[user:password@]host[:port][/db], rediss://... or unix://path"
             ) from None
+        self._server.connection_pool.connection_kwargs.update(ours)  # whatever the URL says
         self._errors = (redis.RedisError, OSError)
         self.max_age_ms = max(1, int(1000 * max_age))
         self.pinned: Set[bytes] = frozenset()
