@@ -19,7 +19,7 @@ from paceline.core.errors import ConfigError, RequestError
 from paceline.core.kvcache import KVCache, make_groups
 from paceline.core.runner import Parts
 from paceline.core.sequence import Sequence
-from paceline.core.tier import PROBE, Tier
+from paceline.core.tier import BURST, N_ENOUGH, PROBE, Tier
 from paceline.core.tiers import Tiers
 from paceline.core.types import Request, SamplingParams
 from paceline.techniques.kvcache.disk import DiskStore
@@ -489,19 +489,42 @@ def test_aborted_while_waiting(model: Any) -> None:
 def test_a_tier_slower_than_computing_is_not_used_but_asked_now_and_then() -> None:
     tier = ram(fetch="measured")
     assert tier.is_worth(None, 0.0)
-    assert tier.is_worth(0.001, 0.0)  # nothing is known of it yet
-    tier.measured(0.010)
+    for _ in range(N_ENOUGH):
+        assert tier.is_worth(0.001, 0.0)  # not enough is known of it yet
+        tier.measured(0.010)
     assert tier.is_worth(0.011, 0.0)
     assert not tier.is_worth(0.011, 0.002)
-    asked = [tier.is_worth(0.001, 0.0) for _ in range(3 * PROBE)]
-    assert asked.count(True) == 3
-    for _ in range(50):
+    asked = [tier.is_worth(0.001, 0.0) for _ in range(3 * (PROBE - 1 + BURST) - 1)]
+    assert asked.count(True) == 3 * BURST
+    tier.measured(0.0001)
+    assert not tier.is_worth(0.001, 0.0)  # one quick read says as little as a slow one
+    for _ in range(BURST):
         tier.measured(0.0001)
+    tier.measured(5.0)
     assert tier.is_worth(0.001, 0.0)
     never, always = ram(fetch="never"), ram(fetch="always")
-    always.measured(1e9)
+    for _ in range(N_ENOUGH):
+        always.measured(1e9)
     assert always.is_worth(0.0, 0.0)
     assert not never.is_worth(None, 0.0)
+
+
+class FarMemory:
+    """As a device's: what is read of it is a copy."""
+
+    def empty(self, shape: Any, dtype: str) -> np.ndarray:
+        return np.zeros(shape, np.float32)
+
+    def move(self, pool: Any, src: Any, dst: Any) -> None: ...
+
+    def numpy(self, x: Any) -> np.ndarray:
+        return np.array(x)
+
+
+def test_a_cache_in_a_devices_memory_is_refused(model: Any) -> None:
+    cache = KVCache(make_groups(model.config.states, 4), FarMemory(), "float32", 4)
+    with pytest.raises(ConfigError, match="device's memory"):
+        Tiers(cache, [ram()], b"")
 
 
 def test_the_cost_of_computing_is_learnt_from_steps(model: Any) -> None:

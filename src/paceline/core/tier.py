@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterable, Set
+from statistics import median
 from typing import Any, Protocol
 
-SMOOTHING = 0.2  # weight of the newest measurement
-PROBE = 16  # a tier that seems too slow is asked once in so many times, so that its estimate cannot stay wrong for ever
+N_RECENT = 5  # measurements whose median is the estimate: one slow read says nothing
+N_ENOUGH = 3  # of them, before there is an estimate
+PROBE = 16  # after so many declined blocks a tier that seems too slow is tried again,
+BURST = 4  # for so many blocks: enough to turn the median
 
 FETCH = ("measured", "always", "never")
 
@@ -62,33 +66,43 @@ class Tier:
     def __init__(self, store: Store, fetch: str = "measured", through: bool = False):
         assert fetch in FETCH
         self.store, self.fetch, self.through = store, fetch, through
-        self.seconds: float | None = None  # to get and check one block
+        self._recent: deque[float] = deque(maxlen=N_RECENT)  # seconds to get and check one block
+        self._n_probes = 0  # left of a burst
         self._counts = dict.fromkeys(("n_hits", "n_misses", "n_put", "n_dropped", "n_corrupt", "n_declined"), 0)
         self._lock = threading.Lock()
 
-    def count(self, name: str) -> int:
+    def count(self, name: str) -> None:
         with self._lock:
             self._counts[name] += 1
-            return self._counts[name]
 
     def measured(self, seconds: float) -> None:
         """Note what a block took."""
-        self.seconds = seconds if self.seconds is None else smooth(self.seconds, seconds)
+        with self._lock:
+            self._recent.append(seconds)
+
+    @property
+    def seconds(self) -> float | None:
+        """What getting and checking a block takes; None until there are enough measurements."""
+        with self._lock:
+            return median(self._recent) if len(self._recent) >= N_ENOUGH else None
 
     def is_worth(self, compute: float | None, load: float) -> bool:
-        """Whether to fetch a block whose tokens take `compute` seconds to compute (None: not known yet)."""
-        if self.fetch != "measured" or compute is None or self.seconds is None or self.seconds + load < compute:
+        """Whether to fetch a block: its tokens take `compute` seconds to compute (None: not known), its bytes `load` to put in place."""
+        if self.fetch != "measured" or compute is None or (known := self.seconds) is None or known + load < compute:
             return self.fetch != "never"
-        return self.count("n_declined") % PROBE == 0
+        with self._lock:
+            if self._n_probes == 0:
+                self._counts["n_declined"] += 1
+                if self._counts["n_declined"] % PROBE:
+                    return False
+                self._n_probes = BURST
+            self._n_probes -= 1
+            return True
 
     def stats(self, n_bytes: int) -> dict[str, Any]:
         """n_bytes: of one block."""
-        speed = None if not self.seconds else n_bytes / self.seconds
+        seconds = self.seconds
+        speed = n_bytes / seconds if seconds else None
         with self._lock:
             counts = dict(self._counts)
-        return {**self.store.stats(), **counts, "seconds_per_block": self.seconds, "bytes_per_second": speed}
-
-
-def smooth(old: float, new: float) -> float:
-    """A running estimate with one more measurement."""
-    return old + SMOOTHING * (new - old)
+        return {**self.store.stats(), **counts, "seconds_per_block": seconds, "bytes_per_second": speed}

@@ -27,7 +27,7 @@ from paceline.core.blocks import BlockError, Link
 from paceline.core.errors import ConfigError, RequestError
 from paceline.core.kvcache import KVCache
 from paceline.core.sequence import Sequence
-from paceline.core.tier import Tier, smooth
+from paceline.core.tier import Tier
 
 PENDING_BYTES = 256 << 20  # copied, not yet written
 STAGED_BYTES = 1 << 30  # read ahead, not yet in the cache
@@ -90,7 +90,7 @@ class Tiers:
         self._n_pending = self._n_staged = 0  # bytes
         self._progress = 0.0  # when the reader last got a block
         self._computed = (0.0, 0.0)  # rows and seconds of recent steps, the older ones weighing less
-        self._load_seconds = 0.0
+        self._load_seconds = 0.0  # of a block, last time
         self._counts = dict.fromkeys(("n_offered", "n_restored", "n_restored_tokens", "n_queue_full", "n_lost"), 0)
         self._writer = ThreadPoolExecutor(1, "kv-tier-write")  # at exit both finish what they have
         self._reader = ThreadPoolExecutor(1, "kv-tier-read")
@@ -214,7 +214,7 @@ class Tiers:
         start = perf_counter()
         if not self.cache.load(seq.kv, found):
             return False
-        self._load_seconds = smooth(self._load_seconds, (perf_counter() - start) / len(found))
+        self._load_seconds = (perf_counter() - start) / len(found)
         for link in reversed(links[: len(found)]):
             for tier in self._near:
                 tier.store.touch(link.key, link.index)
