@@ -27,6 +27,9 @@ import numpy as np
 
 from paceline import LLM, SamplingParams
 from paceline.analysis.synthetic import RandomCheckpoint
+from paceline.assemble import inspect
+from paceline.core.config import EngineConfig
+from paceline.llm import make_config
 
 N_SYSTEM = 2
 Turns = list[list[int]]
@@ -59,8 +62,7 @@ def run(args: argparse.Namespace, case: Case, systems: list[list[int]], talks: l
     n_tokens = int(n_longest * (len(talks) + 1 if case.big else 1.5))
     model: Any = RandomCheckpoint(args.shape) if args.shape else args.model
     options: dict[str, Any] = {"format": args.format, "context": n_longest, "use": case.use, "kv_dtype": args.kv_dtype}
-    with LLM(model, **options) as probe:
-        per_token = probe.plan.kv_bytes_per_token
+    per_token = inspect(model, make_config(EngineConfig(), options)).plan.kv_bytes_per_token
     params = SamplingParams(temperature=0, max_tokens=args.answer, ignore_eos=True)
     first: list[float] = []
     later: list[float] = []

@@ -167,6 +167,8 @@ def test_disk_forgets_what_is_old(tmp_path):
     assert store.get(key(1), 100) == bytes(100)
     DiskStore(store.folder, 1000, 60)  # sweeps, and knows of no pins
     assert list(store.keys(None)) == []
+    assert list(store.folder.iterdir()) == []
+    assert store.put(key(1), bytes(100)) == []
 
 
 def test_other_files_are_left_alone_and_old_temporary_ones_removed(tmp_path):

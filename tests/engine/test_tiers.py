@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from paceline import LLM
+from paceline.core import readahead
 from paceline.core import tiers as core_tiers
 from paceline.core.engine import Engine
 from paceline.core.errors import ConfigError, RequestError
@@ -96,7 +97,7 @@ def sound(engine: Engine) -> None:
     assert tiers._resident == {link.key for link in tiers._links.values()}
     assert set(tiers._links) == set(prefix.held()[0])  # type: ignore[attr-defined]
     assert not tiers._pending
-    assert tiers._n_pending == tiers._n_staged == 0
+    assert tiers._n_pending == tiers._reader.n_staged == 0
     assert not tiers._jobs
 
 
@@ -430,7 +431,7 @@ def test_blocks_on_their_way_are_found(model: Any) -> None:
 
 
 def test_a_silent_store_delays_a_request_and_no_more(model: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(core_tiers, "PATIENCE", 0.02)
+    monkeypatch.setattr(readahead, "PATIENCE", 0.02)
     prompt = prompts(1, 3)[0] + list(range(40))
     remote = Remote()
     engine = tiny_engine(model, tiers=[Tier(remote, "always", through=True)])
@@ -447,7 +448,7 @@ def test_a_silent_store_delays_a_request_and_no_more(model: Any, monkeypatch: An
 
 
 def test_others_run_while_one_waits_for_its_blocks(model: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(core_tiers, "PATIENCE", 30.0)
+    monkeypatch.setattr(readahead, "PATIENCE", 30.0)
     prompt = prompts(1, 3)[0] + list(range(40))
     remote = Remote()
     engine = tiny_engine(model, tiers=[Tier(remote, "always", through=True)])

@@ -16,7 +16,7 @@ import logging
 import threading
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -26,13 +26,11 @@ from paceline.core import blocks
 from paceline.core.blocks import BlockError, Link
 from paceline.core.errors import ConfigError, RequestError
 from paceline.core.kvcache import KVCache
+from paceline.core.readahead import Job, ReadAhead
 from paceline.core.sequence import Sequence
 from paceline.core.tier import Tier
 
 PENDING_BYTES = 256 << 20  # copied, not yet written
-STAGED_BYTES = 1 << 30  # read ahead, not yet in the cache
-PATIENCE = 0.2  # seconds without a block from the reader after which a request goes on with what has come
-NAP = 0.05  # seconds the engine waits at a time when it has nothing else to do
 MEASURED_ROWS = 16  # steps of fewer rows say little about the cost of one more
 FADING = 0.9  # what a step weighs less than the next
 MAX_PINNED = 1 << 17  # blocks
@@ -44,17 +42,6 @@ log = logging.getLogger(__name__)
 class _Pending:
     payload: np.ndarray
     n_jobs: int = 0
-
-
-@dataclass
-class _Job:
-    """What is read ahead for one sequence. epoch: how often it had been preempted."""
-
-    links: list[Link]
-    epoch: int
-    arrived: dict[bytes, memoryview] = field(default_factory=dict)
-    finished: threading.Event = field(default_factory=threading.Event)
-    stopped: bool = False
 
 
 class Tiers:
@@ -85,15 +72,16 @@ class Tiers:
         self._links: dict[int, Link] = {}  # of the pages in the prefix index, by their id in group 0
         self._resident: set[bytes] = set()  # their keys
         self._pending: dict[bytes, _Pending] = {}
-        self._jobs: dict[int, _Job] = {}
-        self._lock = threading.Lock()  # of _pending and the sums
-        self._n_pending = self._n_staged = 0  # bytes
-        self._progress = 0.0  # when the reader last got a block
+        self._n_pending = 0  # bytes
+        self._lock = threading.Lock()  # of both
+        self._jobs: dict[
+            int, tuple[int, Job]
+        ] = {}  # by sequence: how often it had been preempted, and what is read for it
         self._computed = (0.0, 0.0)  # rows and seconds of recent steps, the older ones weighing less
         self._load_seconds = 0.0  # of a block, last time
         self._counts = dict.fromkeys(("n_offered", "n_restored", "n_restored_tokens", "n_queue_full", "n_lost"), 0)
-        self._writer = ThreadPoolExecutor(1, "kv-tier-write")  # at exit both finish what they have
-        self._reader = ThreadPoolExecutor(1, "kv-tier-read")
+        self._writer = ThreadPoolExecutor(1, "kv-tier-write")  # which finishes what it has before the process ends
+        self._reader = ReadAhead(lambda link: self._get(link, self._ahead), self._at_hand, self.n_block)
 
     # ---- told by the prefix index (its `Watcher`)
 
@@ -185,20 +173,13 @@ class Tiers:
         """Whether `restore` need not wait; idle: there is nothing else to do, so wait a little here."""
         if not self._ahead:
             return True
-        job = self._job(seq)
-        if job.finished.is_set():
-            return True
-        left = PATIENCE - (perf_counter() - self._progress)
-        if left <= 0:
-            job.stopped = True
-            return True
-        return idle and job.finished.wait(min(left, NAP))
+        return self._reader.ready(self._job(seq), idle)
 
     def restore(self, seq: Sequence) -> bool:
         """Append what the tiers hold of a sequence's next full pages to its cache, a row being left to compute; whether there was any."""
         n_pages = seq.kv.lens[0] // self.page_size
         room = min(pool.n_free + pool.n_idle for pool in self.cache.pools)
-        job = self._jobs.get(seq.id)
+        _, job = self._jobs.get(seq.id, (0, None))
         links = job.links if job is not None else self._chain(seq)
         links = links[n_pages : n_pages + room]
         found: list[Any] = []
@@ -208,7 +189,7 @@ class Tiers:
                 break
             found.append(payload)
         if job is not None:
-            self._unstage(job)
+            self._reader.release(job)
         if not found:
             return False
         start = perf_counter()
@@ -224,10 +205,9 @@ class Tiers:
 
     def forget(self, seq: Sequence) -> None:
         """The sequence is gone."""
-        job = self._jobs.pop(seq.id, None)
+        _, job = self._jobs.pop(seq.id, (0, None))
         if job is not None:
-            job.stopped = True
-            self._unstage(job)
+            self._reader.release(job)
 
     def computed(self, n_rows: int, seconds: float) -> None:
         """What a step took."""
@@ -243,44 +223,17 @@ class Tiers:
     def _chain(self, seq: Sequence) -> list[Link]:
         return list(blocks.chain(self.space, seq.request.salt, seq.tokens[:-1], self.page_size))
 
-    def _job(self, seq: Sequence) -> _Job:
-        job = self._jobs.get(seq.id)
-        if job is not None and job.epoch == seq.n_preempted:
-            return job
-        self.forget(seq)
-        job = self._jobs[seq.id] = _Job(self._chain(seq), seq.n_preempted)
-        missing = next((x.key for x in job.links if x.key not in self._resident), None)
-        if missing is None or not any(not t.store.near or t.store.has(missing) for t in self._ahead):
-            job.finished.set()
-        else:
-            if not self._reading():
-                self._progress = perf_counter()
-            self._reader.submit(self._read, job)
+    def _job(self, seq: Sequence) -> Job:
+        """What is read for a sequence, from now on if it is not yet."""
+        epoch, job = self._jobs.get(seq.id, (0, None))
+        if job is None or epoch != seq.n_preempted:
+            self.forget(seq)
+            links = self._chain(seq)
+            missing = next((x.key for x in links if x.key not in self._resident), None)
+            worth = missing is not None and any(not t.store.near or t.store.has(missing) for t in self._ahead)
+            job = self._reader.start(links, worth)
+            self._jobs[seq.id] = (seq.n_preempted, job)
         return job
-
-    def _reading(self) -> bool:
-        return any(not job.finished.is_set() for job in list(self._jobs.values())[:-1])
-
-    def _read(self, job: _Job) -> None:
-        """In the reader's thread: the blocks that only tiers not at hand have, until one is missing."""
-        try:
-            for link in job.links:
-                if job.stopped or self._n_staged + self.n_block > STAGED_BYTES:
-                    break
-                if self._at_hand(link.key):
-                    continue
-                payload = self._get(link, self._ahead)
-                if payload is None:
-                    break
-                with self._lock:
-                    if not job.stopped:
-                        job.arrived[link.key] = payload
-                        self._n_staged += self.n_block
-                self._progress = perf_counter()
-        except Exception:  # a fault of ours must not let the request wait
-            log.exception("a block could not be read from a KV tier")
-        finally:
-            job.finished.set()
 
     def _at_hand(self, key: bytes) -> bool:
         """Whether it is in memory already, the cache's or ours."""
@@ -288,18 +241,13 @@ class Tiers:
             return True
         return any(t.store.has(key) for t in self._near if not t.store.ahead)
 
-    def _unstage(self, job: _Job) -> None:
-        with self._lock:
-            self._n_staged -= len(job.arrived) * self.n_block
-            job.arrived.clear()
-
-    def _take(self, link: Link, job: _Job | None) -> Any:
+    def _take(self, link: Link, job: Job | None) -> Any:
         """The bytes of a page, from wherever they are at hand; None when they are not."""
         with self._lock:
             pending = self._pending.get(link.key)
-            arrived = job.arrived.get(link.key) if job is not None else None
         if pending is not None:
             return pending.payload
+        arrived = None if job is None else self._reader.arrived(job, link.key)
         return self._get(link, self._near) if arrived is None else arrived
 
     def _get(self, link: Link, tiers: Seq[Tier]) -> memoryview | None:
@@ -376,10 +324,7 @@ class Tiers:
         stays there, and comes here when it is given up. Raises RequestError for an unknown tier."""
         chosen = self.tiers if tier is None else [self.tiers[self._index("tier", tier)]]
         owner = None if salt is None else blocks.owner(self.space, salt)
-        for job in self._jobs.values():
-            job.stopped = True
-            self._unstage(job)
-        self._jobs.clear()
+        self._drop_jobs()
 
         def delete() -> int:
             return sum(t.store.delete(key) for t in chosen for key in list(t.store.keys(owner)))
@@ -394,7 +339,7 @@ class Tiers:
             "block_bytes": self.n_block,
             "block_tokens": self.page_size,
             "pending_bytes": self._n_pending,
-            "staged_bytes": self._n_staged,
+            "staged_bytes": self._reader.n_staged,
             "n_pinned": len(self.pinned),
             "computed_tokens_per_second": 1 / per_row if per_row else None,
             "tiers": {t.store.name: t.stats(self.n_block) for t in self.tiers},
@@ -406,12 +351,16 @@ class Tiers:
 
     def close(self) -> None:
         """Write what is pending and let go of the stores. Safe to call twice."""
-        for job in self._jobs.values():
-            job.stopped = True
+        self._drop_jobs()
         self._writer.shutdown()
-        self._reader.shutdown()
+        self._reader.close()
         for tier in self.tiers:
             tier.store.close()
+
+    def _drop_jobs(self) -> None:
+        for _, job in self._jobs.values():
+            self._reader.release(job)
+        self._jobs.clear()
 
     def _keys(self, tokens: Seq[int], salt: str) -> list[bytes]:
         return [link.key for link in blocks.chain(self.space, salt, tokens, self.page_size)]

@@ -10,6 +10,7 @@ failure tears is dropped. A full or failing disk pauses writing, and nothing els
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import secrets
 import stat
@@ -173,6 +174,7 @@ class DiskStore:
         """Every block in the folder; temporary files that nobody can be writing any more are removed on the way."""
         n = 0
         for owner in _scan(self.folder):
+            n += 1
             if not owner.is_dir(follow_symlinks=False):
                 continue
             for entry in _scan(owner.path):
@@ -191,7 +193,7 @@ class DiskStore:
                         os.unlink(entry.path)
 
     def _sweep(self, n_more: int = 0) -> None:
-        """Delete what is too old, and the least recently used until `n_more` bytes fit well."""
+        """Delete what is too old, and the least recently used until `n_more` bytes fit well; then folders of owners with nothing left."""
         files = sorted(self._files(), key=lambda f: f.used)
         total = sum(f.n_bytes for f in files)
         limit = self.capacity - n_more
@@ -205,6 +207,10 @@ class DiskStore:
                 n_left -= 1
         with self._lock:
             self._n_files, self._n_bytes = n_left, total
+        for owner in list(itertools.islice(_scan(self.folder), MAX_FILES)):
+            with contextlib.suppress(OSError):  # it is not empty, or no folder; one that a writer wants is made again
+                if len(owner.name) == 2 * OWNER_BYTES:
+                    os.rmdir(owner.path)
 
 
 def _scan(folder: str | Path) -> Iterator[os.DirEntry[str]]:
@@ -234,11 +240,14 @@ def _read(file: Any, n_bytes: int) -> bytes:
 
 def _write(path: str, raw: bytes) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS
-    try:
-        descriptor = os.open(path, flags, 0o600)
-    except FileNotFoundError:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        descriptor = os.open(path, flags, 0o600)
+    for left in (2, 1, 0):
+        try:
+            descriptor = os.open(path, flags, 0o600)
+            break
+        except FileNotFoundError:  # the owner's first block, or another process has just removed the empty folder
+            if not left:
+                raise
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     with os.fdopen(descriptor, "wb", buffering=0) as file:
         view = memoryview(raw)
         while view:
