@@ -41,6 +41,7 @@ class Case:
     use: tuple[str, ...]
     big: bool = False
     evict: bool = False
+    fresh: bool = False
 
 
 def conversations(data: Path, n: int, n_turns: int, n_system_tokens: int) -> tuple[list[list[int]], list[Turns]]:
@@ -69,6 +70,9 @@ def run(args: argparse.Namespace, case: Case, systems: list[list[int]], talks: l
     n_prompt = n_computed = 0
     answers = []
     with LLM(model, **options, kv_memory=n_tokens * (per_token + 256)) as llm:
+        tiers = llm.engine.runner.parts.tiers
+        if case.fresh and tiers is not None:
+            tiers.clear().result()
         llm.generate([1, 2, 3] * 40, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))  # warm
         history = [list(systems[i % len(systems)]) for i in range(len(talks))]
         start = perf_counter()
@@ -82,7 +86,6 @@ def run(args: argparse.Namespace, case: Case, systems: list[list[int]], talks: l
                 past += out.token_ids
                 answers.append(out.token_ids)
         seconds = perf_counter() - start
-        tiers = llm.engine.runner.parts.tiers
         stats = tiers.stats() if tiers is not None else {}
     return {
         "case": case.name, "prompt_tokens": n_prompt, "computed_tokens": n_computed, "seconds": seconds,
@@ -116,7 +119,7 @@ def cases(folder: Path, redis: str | None) -> list[Case]:
     if redis is not None:
         os.environ["PACELINE_REDIS_URL"] = redis
         found += [
-            Case("small cache + redis", ("kvcache/redis",)),
+            Case("small cache + redis", ("kvcache/redis",), fresh=True),
             Case("small cache + redis, restart", ("kvcache/redis",)),
         ]
     return found
@@ -133,7 +136,7 @@ def main() -> None:
     p.add_argument("--turns", type=int, default=4)
     p.add_argument("--system", type=int, default=600, help="tokens of a system prompt")
     p.add_argument("--answer", type=int, default=24, help="tokens of an answer")
-    p.add_argument("--redis", help="URL of a server to include")
+    p.add_argument("--redis", help="URL of a server to include; what Paceline keeps there is deleted first")
     p.add_argument("--json", type=Path)
     args = p.parse_args()
     systems, talks = conversations(args.data, args.conversations, args.turns, args.system)
