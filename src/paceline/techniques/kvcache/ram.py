@@ -1,8 +1,8 @@
 """A tier of KV blocks in main memory, beside the cache.
 
-The cache is sized for what runs together; what it gives up costs a copy of its bytes to keep, and a copy and a checksum to bring
-back, a few hundredths of computing it. Least recently used blocks go on to the next tier. LMCache, arXiv:2510.09665, local CPU backend. Figures:
-`python benchmarks/kv_tiers.py`.
+The cache is sized for what runs together; what it gives up costs a copy of its bytes to keep, and a copy and a checksum to bring back,
+a few hundredths of computing it. Least recently used blocks go on to the next tier. LMCache, arXiv:2510.09665, local CPU backend.
+Figures: `python benchmarks/kv_tiers.py`.
 """
 
 from __future__ import annotations
