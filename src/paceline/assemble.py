@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,19 +13,20 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from paceline import lab, models, techniques
+from paceline import __version__, lab, models, techniques
 from paceline.analysis.hardware import host
 from paceline.checkpoints import open_checkpoint
 from paceline.checkpoints.base import Checkpoint
 from paceline.checkpoints.detokenize import Detokenizer, StopScanner
 from paceline.checkpoints.tokenizer import Tokenizer
 from paceline.core.clock import Clock
-from paceline.core.config import EngineConfig, Machine, ModelFacts, Plan, problems_without_model, resolve
+from paceline.core.config import EngineConfig, Machine, ModelFacts, Plan, describe, problems_without_model, resolve
 from paceline.core.engine import Engine, Serving
 from paceline.core.errors import CheckpointError, ConfigError
 from paceline.core.kvcache import KVCache, make_groups
 from paceline.core.recipe import Recipe
 from paceline.core.runner import Parts
+from paceline.core.tiers import Tiers
 from paceline.core.types import SamplingParams
 from paceline.models import loader
 from paceline.models.base import Model, ModelConfig
@@ -195,7 +197,7 @@ def assemble(
     groups = make_groups(seen.config.states, plan.page_size)
     cache = KVCache(groups, ops, plan.kv_dtype, plan.n_pages)
     eos = end_tokens(seen)
-    parts = build_parts(BuildContext(plan, cache, tokenizer, eos))
+    parts = build_parts(BuildContext(plan, cache, tokenizer, eos), net)
     capacity = min(plan.context, (plan.n_pages - 1) * plan.page_size)
     serving = Serving(seen.config.n_vocab, capacity, eos, "the context" if capacity == plan.context else "the KV cache")
     text: dict[str, Any] = {} if tokenizer is None else {"text": lambda p: StreamText(tokenizer, p)}
@@ -218,7 +220,7 @@ class BuildContext:
     eos: frozenset[int]
 
 
-def build_parts(context: BuildContext) -> Parts:
+def build_parts(context: BuildContext, net: Model) -> Parts:
     parts = Parts()
     for technique in context.plan.techniques:
         seams = sorted(technique.manifest().seams)
@@ -229,7 +231,27 @@ def build_parts(context: BuildContext) -> Parts:
                 held.append(part)
             else:
                 setattr(parts, seam, part)
+    if parts.kv_tier:
+        assert parts.prefix is not None  # each tier's `why_not` has seen to it
+        parts.tiers = parts.prefix.watcher = Tiers(context.cache, parts.kv_tier, identity(context.plan, net))
     return parts
+
+
+def identity(plan: Plan, net: Model) -> bytes:
+    """Stands for all that decides the bits of a token's state, but for the cache's layout: model, formats, kernels, techniques."""
+    beside = {
+        "prefix",
+        "schedule",
+        "budget",
+        "drafter",
+        "acceptor",
+        "controller",
+        "logits",
+        "kv_tier",
+    }  # leave state as it is
+    within = [describe(t) for t in plan.techniques if not t.manifest().seams <= beside]
+    facts = (__version__, plan.backend, plan.isa, within)
+    return hashlib.sha256(repr(facts).encode() + net.digest()).digest()
 
 
 def end_tokens(seen: Inspected) -> frozenset[int]:

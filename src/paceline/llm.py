@@ -181,8 +181,7 @@ class LLM:
 
     def close(self) -> None:
         """Drop every request and close the checkpoint."""
-        for request_id in list(self.engine.live):
-            self.engine.abort(request_id)
+        self.engine.close()
         self._assembled.inspected.checkpoint.close()
 
     def __enter__(self) -> LLM:

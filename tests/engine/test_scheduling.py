@@ -19,12 +19,13 @@ from paceline.core.scheduler import Limits, Share
 from paceline.core.sequence import Sequence as TokenSequence
 from paceline.core.technique import make, parse_use
 from paceline.core.types import Request, SamplingParams
+from paceline.ops.reference import ReferenceOps
 from paceline.techniques.parts.fairshare import MAX_CLASSES, FairShare
 from paceline.techniques.parts.steptime import StepTime, Work
 from paceline.techniques.serving.splitfuse import QUANTUM, Splitter
 
 from .test_engine import alone, prompts
-from .tiny import request, run_all, tiny_engine
+from .tiny import request, run_all, tiny_engine, tiny_model
 
 POLICIES = ("first_come", "priority", "priority:ageing=1", "shortest", "laps:longest=12", "fair", "deadline")
 LIMITS = Limits(512, 32, 512, 512)
@@ -342,3 +343,17 @@ def test_the_engine_tells_policies_of_arrivals_and_steps(model: Any) -> None:
     policy = engine.runner.parts.schedule
     assert isinstance(policy, FairShare)
     assert policy.counters == {"": 5 + 2 * (1 + 3 + 3)}  # the first token of the second completion comes with the fork
+
+
+def test_a_prompt_that_another_is_computing_is_waited_for_and_not_computed_twice() -> None:
+    """Twelve requests at once with one long beginning compute it once, in whatever chunks, and answer as each alone."""
+    model = tiny_model(ReferenceOps())
+    shared = [(7 * i) % 90 + 1 for i in range(160)]
+    requests = [request(f"r{i}", [*shared, i, i + 1, i + 2], max_tokens=5, seed=i) for i in range(12)]
+    alone = {r.id: run_all(tiny_engine(model), [r])[r.id].token_ids for r in requests}
+    for chunk in (16, 48, 64):
+        engine = tiny_engine(model, chunk=chunk)
+        together = run_all(engine, requests)
+        assert {k: o.token_ids for k, o in together.items()} == alone
+        assert sum(o.n_cached for o in together.values()) == 11 * 160
+        assert engine.runner.scheduler.running == []

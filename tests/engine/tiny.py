@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from paceline.core.engine import Engine, Serving
 from paceline.core.kvcache import KVCache, make_groups
 from paceline.core.runner import Parts
 from paceline.core.scheduler import Limits
+from paceline.core.tier import Tier
+from paceline.core.tiers import Tiers
 from paceline.core.types import Output, Request, SamplingParams
 from paceline.models import loader
 from paceline.techniques.serving.radix import RadixIndex
@@ -58,11 +61,15 @@ def tiny_engine(
     parts: Parts | None = None,
     kv_dtype: str = "float32",
     eos: frozenset[int] = frozenset(),
+    tiers: Sequence[Tier] = (),
+    identity: bytes = b"tiny",
 ) -> Engine:
     cache = KVCache(make_groups(model.config.states, page_size, head_split), model.ops, kv_dtype, n_pages)
     parts = parts or Parts()
     if radix:
         parts.prefix = RadixIndex(cache)
+    if tiers:
+        parts.tiers = parts.prefix.watcher = Tiers(cache, tiers, identity)
     limits = Limits(max_rows, max_seqs, chunk or max_rows, 16)
     capacity = min(model.context, (n_pages - 1) * page_size)
     return Engine(model, cache, parts, limits, Serving(model.config.n_vocab, capacity, eos))

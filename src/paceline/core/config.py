@@ -152,8 +152,13 @@ class Plan:
 
 
 def describe(t: Technique) -> str:
-    """`area/name:key=value,...` with the options that differ from their defaults."""
-    changed = [f"{k}={v}" for k, v in asdict(t).items() if v != type(t).__dataclass_fields__[k].default]
+    """`area/name:key=value,...` with the options that differ from their defaults; the values of secret ones are left out."""
+    fields = type(t).__dataclass_fields__
+    changed = [
+        f"{k}={'***' if fields[k].metadata.get('secret') else v}"
+        for k, v in asdict(t).items()
+        if v != fields[k].default
+    ]
     return t.name + (":" + ",".join(changed) if changed else "")
 
 

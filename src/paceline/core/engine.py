@@ -201,6 +201,13 @@ class Engine:
                 self._finish(live, seq, "abort")
         self._retire(live)
 
+    def close(self) -> None:
+        """Drop every request, and let tiers write what they still have in hand."""
+        for request_id in list(self.live):
+            self.abort(request_id)
+        if self.runner.parts.tiers is not None:
+            self.runner.parts.tiers.close()
+
     # ---- steps
 
     @property

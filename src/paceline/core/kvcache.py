@@ -349,6 +349,50 @@ class KVCache:
             a.flags.writeable = False
         return out[0], out[1], out[2]
 
+    # whole pages as bytes: what tiers beyond memory keep (`core/tiers.py`)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one page in every group, as `dump` gives them."""
+        return sum(page_bytes(g, self.dtype) - 4 * g.page_size for g in self.groups)
+
+    def dump(self, pages: Sequence[int]) -> np.ndarray:
+        """uint8 (block_bytes,): the entries of one full page per group as they lie in the pools, positions left out."""
+        out, at = np.empty(self.block_bytes, np.uint8), 0
+        for g, page in enumerate(pages):
+            for pool in (*self.k[g], *self.v[g]):
+                raw = self.memory.numpy(pool[page]).reshape(-1).view(np.uint8)
+                out[at : at + len(raw)] = raw
+                at += len(raw)
+        assert at == len(out)
+        return out
+
+    def load(self, kv: SeqKV, blocks: Sequence[Any]) -> bool:
+        """Append full pages that `dump` gave, the exact state of the text's next tokens, to a sequence of full pages.
+
+        blocks: buffers of `block_bytes`. False, with nothing changed, when there are no pages for them.
+        """
+        n, start = len(blocks), kv.lens[0]
+        size = self._sizes[0]
+        assert not kv.n_reserved
+        assert start % size == 0
+        assert kv.pure >= start
+        assert all(length == start for length in kv.lens)
+        if not self._room([(g, n) for g in range(len(self.groups))]):
+            return False
+        at = 0
+        for g in range(len(self.groups)):
+            pages = self.pools[g].take(n)
+            self._append(kv, g, pages)
+            kv.lens[g] = start + n * size
+            self.positions[g][pages] = np.arange(start, start + n * size, dtype=np.int32).reshape(n, size)
+            for pool in (*self.k[g], *self.v[g]):
+                for page, block in zip(pages, blocks, strict=True):
+                    raw = self.memory.numpy(pool[page]).reshape(-1).view(np.uint8)  # a view: the pools are the host's
+                    raw[:] = np.frombuffer(block, np.uint8, len(raw), at)
+                at += len(raw)
+        return True
+
     # upkeep
 
     def check_integrity(self, kvs: Iterable[SeqKV], held: Sequence[Iterable[int]] = ()) -> None:

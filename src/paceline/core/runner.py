@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +18,8 @@ from paceline.core.kvcache import KVCache, of_layer
 from paceline.core.sampler import Drawn, LogitsPart, Sampler
 from paceline.core.scheduler import Budget, FirstCome, Limits, Policy, Prefix, Scheduler, Share
 from paceline.core.sequence import NO_DRAFT, Draft, Sequence
+from paceline.core.tier import Tier
+from paceline.core.tiers import Tiers
 from paceline.core.types import TokenLogprob
 from paceline.core.verify import Acceptor, Verdict, coupled
 
@@ -38,7 +41,7 @@ class KVPolicy(Protocol):
 
 @dataclass
 class Parts:
-    """What the techniques built, by seam. Empty seams cost nothing."""
+    """What the techniques built, by seam. Empty seams cost nothing. tiers: the `kv_tier` chain, put to work under `prefix`."""
 
     prefix: Prefix | None = None
     drafter: Drafter | None = None
@@ -47,6 +50,8 @@ class Parts:
     budget: Budget | None = None
     logits: list[LogitsPart] = field(default_factory=list)
     kv_policy: list[KVPolicy] = field(default_factory=list)
+    kv_tier: list[Tier] = field(default_factory=list)
+    tiers: Tiers | None = None
 
 
 Append = Callable[[Sequence, Drawn], bool]  # takes a committed token; True when the sequence is finished
@@ -57,7 +62,7 @@ class Runner:
 
     def __init__(self, model: Any, cache: KVCache, parts: Parts, limits: Limits, eos: frozenset[int], append: Append):
         self.model, self.ops, self.cache, self.parts = model, model.ops, cache, parts
-        self.scheduler = Scheduler(cache, limits, parts.schedule, parts.prefix, parts.budget)
+        self.scheduler = Scheduler(cache, limits, parts.schedule, parts.prefix, parts.budget, parts.tiers)
         self.sampler = Sampler(self.ops, parts.logits, eos)
         self.append = append
         self.of_layer = of_layer(cache.groups)
@@ -72,6 +77,7 @@ class Runner:
         if not shares:
             return []
         self.n_steps += 1
+        start = perf_counter()
         batch = build(shares, self.cache, self.of_layer)
         bound = self.ops.begin(batch)
         program = self.model.program
@@ -80,6 +86,8 @@ class Runner:
             self._pool(shares, batch.cu_rows, hidden)
         else:
             logits = self.ops.numpy(program.forward(bound))
+        if self.parts.tiers is not None:
+            self.parts.tiers.computed(batch.n_rows, perf_counter() - start)
         return self._commit(shares, logits)
 
     def observe(self, seconds: float) -> None:

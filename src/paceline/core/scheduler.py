@@ -15,6 +15,7 @@ from paceline.core.batch import MAX_TREE
 from paceline.core.kvcache import KVCache
 from paceline.core.sequence import NO_DRAFT, Sequence
 from paceline.core.specs import KVGroup, Window
+from paceline.core.tiers import Tiers
 
 AHEAD = 2  # pages kept for each running sequence before another is admitted: with none, a tenth of all rows was computed twice
 
@@ -69,8 +70,22 @@ class Budget(Protocol):
         """As `Policy.observe`."""
 
 
+class Watcher(Protocol):
+    """Who is told what a prefix index takes in and gives up; page ids are one per group."""
+
+    def added(self, before: int, tokens: Seq[int], pages: Seq[Seq[int]], salt: str) -> None:
+        """Full pages of these tokens, behind the page `before` of group 0 (-1: at the beginning of a text)."""
+
+    def dropping(self, pages: Seq[int]) -> None:
+        """One page, whose content still stands."""
+
+    def cleared(self) -> None: ...
+
+
 class Prefix(Protocol):
-    """The `prefix` seam: pages of computed prefixes, found by their tokens."""
+    """The `prefix` seam: pages of computed prefixes, found by their tokens. watcher: set before use, if at all."""
+
+    watcher: Watcher | None
 
     def match(self, tokens: Seq[int], salt: str) -> tuple[int, list[list[int]]]:
         """Tokens matched and their pages per group, to be given to `KVCache.adopt` before anything else happens."""
@@ -108,8 +123,10 @@ class Scheduler:
         policy: Policy,
         prefix: Prefix | None = None,
         budget: Budget | None = None,
+        tiers: Tiers | None = None,
     ):
         self.cache, self.limits, self.policy, self.prefix, self.budget = cache, limits, policy, prefix, budget
+        self.tiers = tiers
         cache.evict = prefix.evict if prefix is not None else None
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -119,6 +136,8 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         self.policy.add(seq, self.waiting)
         self.waiting.append(seq)
+        if self.tiers is not None and self._reuses(seq):
+            self.tiers.prefetch(seq)
 
     def run(self, seq: Sequence) -> None:
         """Take in a sequence that already has state (a fork)."""
@@ -137,6 +156,8 @@ class Scheduler:
         if seq.kv is not None:
             self.cache.free(seq.kv)
             seq.kv = None
+        if self.tiers is not None:
+            self.tiers.forget(seq)
 
     def schedule(self, now: float) -> list[Share]:
         """Decodes (little pending) first, so that nobody's next token waits for another's prompt; then prompts."""
@@ -177,6 +198,8 @@ class Scheduler:
             if seq.kv is not None:
                 share = self._continue(seq, min(rows, chunk), shares)
             elif may_admit and self.n_preempted == n_before and len(self.running) < self.limits.max_seqs:
+                if self._comes_too_early(seq, shares):
+                    continue
                 share = self._admit(seq, min(rows, chunk))
                 may_admit = share is not None  # none overtakes because it is small
             else:
@@ -192,6 +215,29 @@ class Scheduler:
             self._preempt(self.parked[0])
             share = self._reserve(seq, rows)
         return self._share(seq, rows, shares) if share is None and not shares else share
+
+    def _comes_too_early(self, seq: Sequence, shares: list[Share]) -> bool:
+        """Whether its prefix is on the way: from a tier, or because one that runs is computing it."""
+        if self.prefix is None or not self._reuses(seq):
+            return False
+        if self.tiers is not None and not self.tiers.ready(seq, not (self.running or shares)):
+            return True
+        if seq.leader is None or seq.leader[0] not in self.running or seq.leader[0].n_computed >= seq.leader[1]:
+            seq.leader = self._leader(seq)
+        return seq.leader is not None
+
+    def _leader(self, seq: Sequence) -> tuple[Sequence, int] | None:
+        """A running sequence that has yet to compute whole pages of what `seq` begins with, and the length of what they share."""
+        size = self.cache.groups[0].page_size
+        head = seq.tokens[:size]
+        for other in self.running:
+            if not _is_behind(other) or other.tokens[:size] != head or other.request.salt != seq.request.salt:
+                continue
+            n = _n_common(other.tokens, seq.tokens) // size * size
+            n = min(n, (len(seq.tokens) - 1) // size * size)
+            if n > other.n_computed and self._reuses(other):
+                return other, n
+        return None
 
     def _admit(self, seq: Sequence, rows: int) -> Share | None:
         share = self._try_start(seq, rows)
@@ -233,14 +279,21 @@ class Scheduler:
         return max(0, n_pages - seq.kv.n_pages[group.id])
 
     def _start(self, seq: Sequence) -> None:
-        """Give a sequence its cache, with what the prefix index already holds of it."""
-        if self.prefix is None or seq.params.prompt_logprobs is not None or seq.request.pool is not None:
+        """Give a sequence its cache, with what the prefix index, or a tier, already holds of it."""
+        if self.prefix is None or not self._reuses(seq):
             seq.kv = self.cache.new()
             return
         n, pages = self.prefix.match(seq.tokens, seq.request.salt)
         seq.kv = self.cache.adopt(pages, n)
+        if self.tiers is not None and self.tiers.restore(seq):
+            n = seq.kv.lens[0]
+            self.prefix.insert(seq.tokens, seq.kv, seq.request.salt)
         seq.n_computed = n
         seq.n_cached = min(n, seq.n_prompt)
+
+    def _reuses(self, seq: Sequence) -> bool:
+        """Whether it may start from known state: not when something is asked of its every row."""
+        return seq.params.prompt_logprobs is None and seq.request.pool is None
 
     def _share(self, seq: Sequence, rows: int, shares: list[Share]) -> Share | None:
         """Reserve for a running sequence, preempting victims until it fits; None when it had to give way itself."""
@@ -296,6 +349,18 @@ class Scheduler:
             positions = [*positions, *(len(seq.tokens) - 1 + seq.draft.depths()).tolist()]
         slots = self.cache.reserve(seq.kv, positions)
         return None if slots is None else Share(seq, n + n_draft, n_draft, positions, slots, _wanted(seq, n, n_draft))
+
+
+def _n_common(a: list[int], b: list[int]) -> int:
+    """Leading elements that are equal."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        mid = (low + high + 1) // 2
+        if a[low:mid] == b[low:mid]:
+            low = mid
+        else:
+            high = mid - 1
+    return low
 
 
 def _is_behind(seq: Sequence) -> bool:

@@ -73,6 +73,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    leader: tuple[Sequence, int] | None = None  # while it waits: who is computing its first so many tokens
     plain: bool = False  # only its next tokens are asked for: no pooling, no logprobs of the prompt
 
     def __post_init__(self) -> None:

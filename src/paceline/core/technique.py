@@ -51,10 +51,21 @@ class Manifest:
 
 
 def tune(
-    default: Any, low: Any = None, high: Any = None, *, log: bool = False, help: str = "", choices: tuple[Any, ...] = ()
+    default: Any,
+    low: Any = None,
+    high: Any = None,
+    *,
+    log: bool = False,
+    help: str = "",
+    choices: tuple[Any, ...] = (),
+    secret: bool = False,
 ) -> Any:
-    """A technique's option: its default, its range (for checks and for the tuner) and one line of help."""
-    return field(default=default, metadata={"low": low, "high": high, "log": log, "help": help, "choices": choices})
+    """A technique's option: its default, its range (for checks and for the tuner) and one line of help.
+
+    secret: its value is shown nowhere (addresses with passwords).
+    """
+    metadata = {"low": low, "high": high, "log": log, "help": help, "choices": choices, "secret": secret}
+    return field(default=default, metadata=metadata, repr=not secret)
 
 
 @dataclass(frozen=True)

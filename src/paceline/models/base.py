@@ -6,6 +6,7 @@ A model file defines `config(raw) -> ModelConfig` and a `Net(Model)` with `param
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -122,6 +123,28 @@ class Model:
         self._run_head = _of_any_rows(ops.compile(lambda x, batch: self.head(x), d))
         forward, hidden = ops.compile(self.forward, ()), ops.compile(self._run_both, ())
         self.program = Program(self._run_embed, self._run_layers, self._run_norm, self._run_head, forward, hidden)
+
+    def digest(self) -> bytes:
+        """SHA-256 of everything here that decides what is computed: hyper-parameters, weights as they are kept, rotary tables.
+
+        Reads all weights, about a second per gigabyte.
+        """
+        h = hashlib.sha256(repr(self.config).encode())
+        for name in sorted(self.w):
+            w = self.w[name]
+            named = vars(w).items() if isinstance(w, Packed) else [("", w)]
+            for part, value in named:
+                if isinstance(value, np.ndarray):
+                    h.update(repr((name, part, value.shape, str(value.dtype))).encode())
+                    h.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+                else:
+                    h.update(repr((name, part, value)).encode())
+        for name, table in sorted(self.ropes.items()):
+            h.update(repr((name, table.dim, table.interleaved)).encode())
+            h.update(
+                table.cos[:2].tobytes() + table.sin[:2].tobytes()
+            )  # row 1 holds the frequencies: more rows, same bits
+        return h.digest()
 
     def _bind(self, i: int) -> Callable[..., Array]:
         return lambda x, batch: self.layer(i, x, batch)

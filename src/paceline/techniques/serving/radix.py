@@ -19,6 +19,7 @@ from itertools import count
 from typing import Any
 
 from paceline.core.kvcache import KVCache, SeqKV
+from paceline.core.scheduler import Watcher
 from paceline.core.technique import Fact, Manifest, Technique
 
 
@@ -39,7 +40,7 @@ class Node:
 class RadixIndex:
     """The `prefix` seam over a cache. All groups are in step: a node has a page in each.
 
-    To be used up when pages run out, `evict` must be set as the cache's (the scheduler does).
+    To be used up when pages run out, `evict` must be set as the cache's (the scheduler does). watcher: set before use.
     """
 
     def __init__(self, cache: KVCache):
@@ -48,6 +49,7 @@ class RadixIndex:
         self.page_size = sizes.pop()
         self.n_pages = 0  # per group
         self.n_nodes = 0  # roots aside
+        self.watcher: Watcher | None = None
         self._pools = cache.pools
         self._roots: dict[str, Node] = {}
         self._ids, self._clock = count(), count(1)
@@ -100,7 +102,10 @@ class RadixIndex:
             self._roots[salt] = root
             if n_equal < len(path[-1].pages[0]):
                 path[-1] = self._split(path[-1], n_equal)
+            before = path[-1].pages[0][-1] if path[-1].tokens else -1
             path.append(self._extend(path[-1], tokens[at * self.page_size :], pages))
+            if self.watcher is not None:
+                self.watcher.added(before, tokens[at * self.page_size :], pages, salt)
         self._touch(path[1:])
         return n_new
 
@@ -126,6 +131,8 @@ class RadixIndex:
         self._roots.clear()
         self._leaves.clear()
         self.n_pages = self.n_nodes = 0
+        if self.watcher is not None:
+            self.watcher.cleared()
 
     def held(self) -> list[list[int]]:
         """The pages the index holds, per group."""
@@ -265,6 +272,8 @@ class RadixIndex:
         parent = leaf.parent
         assert parent is not None and not leaf.children  # noqa: PT018
         key = self._key(leaf.tokens, 0)
+        if self.watcher is not None:
+            self.watcher.dropping([pages[-1] for pages in leaf.pages])
         freed = [pool.forget([pages.pop()]) for pool, pages in zip(self._pools, leaf.pages, strict=True)]
         del leaf.tokens[-self.page_size :]
         self.n_pages -= 1

@@ -1,0 +1,1 @@
+"""What is kept of the KV cache, how, and where."""
