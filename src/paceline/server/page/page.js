@@ -288,11 +288,7 @@ function showOperators() {
   const all = steps(found);
   $("operators").hidden = !all.length;
   showAge();
-  $("works").replaceChildren(...all.map((s) => {
-    const button = make("button", { type: "button", "aria-pressed": String(s.work === work) }, s.work);
-    button.addEventListener("click", () => { work = s.work; showOperators(); });
-    return button;
-  }));
+  works(all.map((s) => s.work));
   const step = all.find((s) => s.work === work) ?? all[0];
   if (!step) return put("operators-note", "");
   const total = step.operators.reduce((sum, o) => sum + o.seconds, 0);
@@ -312,6 +308,19 @@ function showOperators() {
     `A step of ${step.rows === 1 ? "one row" : `${step.rows} rows`} after ${whole.format(step.context)} tokens of one sequence, ` +
     `${duration(total)} in operators, mean of ${step.n}. This machine: memory ${number(found.bandwidth / 1e9)} GB/s, ${peaks}.` +
     (beyond ? " Beyond 100 %: what it reads stays in a cache of the processor, which is faster than memory." : ""));
+}
+
+/** The kinds of step to choose from; what has the focus keeps it. */
+function works(names) {
+  const group = $("works");
+  if ([...group.children].map((b) => b.textContent).join() !== names.join()) {
+    group.replaceChildren(...names.map((name) => {
+      const button = make("button", { type: "button" }, name);
+      button.addEventListener("click", () => { work = name; showOperators(); });
+      return button;
+    }));
+  }
+  for (const button of group.children) button.setAttribute("aria-pressed", String(button.textContent === work));
 }
 
 function showAge() {
