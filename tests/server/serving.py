@@ -26,7 +26,19 @@ def serve(*flags: str) -> Iterator[Served]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "paceline", "serve", "--port", str(port), "--context", "4096", "--drain", "0", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "paceline",
+        "serve",
+        "--port",
+        str(port),
+        "--context",
+        "4096",
+        "--drain",
+        "0",
+        *flags,
+    ]
     env = {k: v for k, v in os.environ.items() if not k.startswith("PACELINE_")}
     process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{port}"

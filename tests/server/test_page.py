@@ -186,7 +186,12 @@ def test_hostile_text_stays_text(page: Page, served: Served) -> None:
 def test_thoughts_are_folded_and_calls_are_json(page: Page, served: Served) -> None:
     parts = [{"index": 0, "id": "c1", "type": "function", "function": {"name": "look", "arguments": ""}}]
     more = [[{"index": 0, "function": {"arguments": piece}}] for piece in ('{"at"', ": 3}")]
-    reply(page, {"reasoning_content": "Let me "}, {"reasoning_content": "think."}, *({"tool_calls": p} for p in (parts, *more)))
+    reply(
+        page,
+        {"reasoning_content": "Let me "},
+        {"reasoning_content": "think."},
+        *({"tool_calls": p} for p in (parts, *more)),
+    )
     page.goto(served.url)
     expect(page.locator("#state")).to_have_text("ready")
     say(page, "look")
@@ -231,7 +236,9 @@ def test_the_key_is_asked_for_and_kept_in_this_tab(page: Page, guarded: Served) 
     dialog = page.get_by_role("dialog")
     expect(dialog).to_be_visible()
     page.wait_for_timeout(1500)
-    assert [urlsplit(r.url).path for r in seen.requests if not r.url.startswith("data:")] == ["/"]  # nothing before a key is given
+    assert [urlsplit(r.url).path for r in seen.requests if not r.url.startswith("data:")] == [
+        "/"
+    ]  # nothing before a key is given
     page.get_by_label("Key", exact=True).fill("a-wrong-key")
     page.get_by_role("button", name="Use this key").click()
     expect(page.locator("#key-problem")).to_contain_text("wrong")
@@ -243,7 +250,9 @@ def test_the_key_is_asked_for_and_kept_in_this_tab(page: Page, guarded: Served) 
     say(page, "Once upon a time")
     expect(page.locator("#last")).to_contain_text("finish")
     assert all(KEY not in r.url for r in seen.requests)
-    assert all(w in ("", KEY) or "a-wrong-key" in w for w in (r.headers.get("authorization", "")[7:] for r in seen.requests))
+    assert all(
+        w in ("", KEY) or "a-wrong-key" in w for w in (r.headers.get("authorization", "")[7:] for r in seen.requests)
+    )
     kept = page.context.storage_state()
     assert KEY not in json.dumps(kept)  # neither cookies nor local storage
     page.reload()

@@ -85,7 +85,9 @@ class Probe:
             self._go_on()
             free = host.detect().memory_available
             if free < 4 * BANDWIDTH_BYTES:  # a measurement must not be what ends the process
-                raise NotNow(f"measuring the bandwidth takes {BANDWIDTH_BYTES >> 20} MiB, too much of the {free >> 20} MiB free")
+                raise NotNow(
+                    f"measuring the bandwidth takes {BANDWIDTH_BYTES >> 20} MiB, too much of the {free >> 20} MiB free"
+                )
             self._bandwidth = self._device.read_bandwidth(BANDWIDTH_BYTES, 3)
         for unit in UNITS:
             if unit not in self._peaks:

@@ -39,7 +39,9 @@ async def dashboard(call: Call) -> ASGIApp:
     _need_dashboard(call)
     page = html(call.server.settings.access.has_keys)
     etag = f'"{hashlib.sha256(page.encode()).hexdigest()[:32]}"'
-    policy = f"{page_csp(page)}; require-trusted-types-for 'script'"  # even a mistake of ours could not run a model's text
+    policy = (
+        f"{page_csp(page)}; require-trusted-types-for 'script'"  # even a mistake of ours could not run a model's text
+    )
     headers = {"etag": etag, "content-security-policy": policy, "cache-control": "no-cache"}
     known = call.http.headers.get("if-none-match", "")
     if etag in [tag.strip().removeprefix("W/") for tag in known.split(",")]:
@@ -103,9 +105,7 @@ def _loaded(call: Call, name: str | None) -> Model:
     models = call.server.models
     offer = models.first if name is None else models.offers.get(name)
     if offer is None or not call.identity.may_use(name or offer.names[0]):
-        raise ApiError(
-            404, f"model: there is no {str(name)[:200]!r} here", param="model", code="model_not_found"
-        )
+        raise ApiError(404, f"model: there is no {str(name)[:200]!r} here", param="model", code="model_not_found")
     model = models.loaded.get(offer.names[0])
     if model is None:
         raise ApiError(503, f"{offer.names[0]} is not loaded; it will be with the first request for it")

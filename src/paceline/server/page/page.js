@@ -75,6 +75,7 @@ const wantsKey = document.documentElement.dataset.keys === "required";
 
 function askForKey(problem = "") {
   put("key-problem", problem);
+  $("forget").hidden = !sessionStorage.getItem(KEY);
   if (!$("key-dialog").open) $("key-dialog").showModal();
   $("key").focus();
 }
@@ -306,8 +307,8 @@ function showOperators() {
   const peaks = Object.entries(found.peaks).map(([unit, rate]) => `${unit} ${number(rate / 1e9)} GFLOP/s`).join(", ");
   put("operators-note",
     `A step of ${step.rows === 1 ? "one row" : `${step.rows} rows`} after ${whole.format(step.context)} tokens of one sequence, ` +
-    `${duration(total)} in operators, mean of ${step.n}. This machine: memory ${number(found.bandwidth / 1e9)} GB/s, ${peaks}.` +
-    (beyond ? " Beyond 100 %: what it reads stays in a cache of the processor, which is faster than memory." : ""));
+    `${duration(total)} in operators, mean of ${step.n} steps. This machine: memory ${number(found.bandwidth / 1e9)} GB/s, ${peaks}.` +
+    (beyond ? " Beyond 100 %: what it reads stays in a cache of the processor, or the limits were measured at a busy moment of the machine." : ""));
 }
 
 /** The kinds of step to choose from; what has the focus keeps it. */
@@ -450,6 +451,7 @@ async function send(text) {
     options.body = JSON.stringify(requestFor(history));
   } catch (error) { return put("last", error.message); }
   $("prompt").value = "";
+  put("last", "");
   turn("user", text);
   const answer = new Answer();
   const controller = (running = new AbortController());
