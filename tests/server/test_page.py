@@ -265,7 +265,7 @@ def test_the_key_is_asked_for_and_kept_in_this_tab(page: Page, guarded: Served) 
     expect(page.locator("#state")).to_have_text("needs a key")
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (390, "dark"), (1360, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (390, "dark"), (950, "light"), (1360, "dark")])
 def test_it_fits_and_follows_the_colour_scheme(browser: Browser, served: Served, width: int, scheme: Any) -> None:
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page = context.new_page()
@@ -275,6 +275,10 @@ def test_it_fits_and_follows_the_colour_scheme(browser: Browser, served: Served,
         assert box is not None
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= width
+    expect(page.locator("#generation-peak")).not_to_be_empty()
+    assert (
+        page.locator("html").evaluate("e => e.scrollWidth") <= width
+    )  # only the table scrolls sideways, within its box
     ground = page.locator("body").evaluate("e => getComputedStyle(e).backgroundColor")
     light = sum(map(int, re.findall(r"\d+", ground))) > 3 * 128
     assert light == (scheme == "light")
