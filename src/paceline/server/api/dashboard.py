@@ -6,6 +6,7 @@ The page is one document with its styles and script inside, allowed by their has
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from functools import cache
 from importlib import resources
@@ -28,10 +29,13 @@ MEASURING_S = 120.0
 def html(keys: bool) -> str:
     """The page as it is sent. keys: whether it has to ask for one."""
     folder = resources.files("paceline.server").joinpath("page")
-    read = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in ("index.html", "page.css", "page.js")}
-    page = read["index.html"].replace("{keys}", "required" if keys else "none")
-    page = page.replace('<link rel="stylesheet" href="page.css">', f"<style>{read['page.css']}</style>")
-    return page.replace('<script src="page.js"></script>', f"<script>{read['page.js']}</script>")
+
+    def read(name: str) -> str:
+        return folder.joinpath(name).read_text(encoding="utf-8")
+
+    page = read("index.html").replace("{keys}", "required" if keys else "none")
+    page = page.replace('<link rel="stylesheet" href="page.css">', f"<style>{read('page.css')}</style>")
+    return re.sub(r'<script src="(\w+\.js)"></script>', lambda m: f"<script>{read(m[1])}</script>", page)
 
 
 async def dashboard(call: Call) -> ASGIApp:
@@ -79,6 +83,7 @@ def _stats(call: Call, name: str) -> dict[str, Any]:
     supervisor, metrics = model.supervisor, call.server.metrics
     return {
         "state": supervisor.state,
+        "fingerprint": None if supervisor.ready is None else model.fingerprint,
         "running": supervisor.gauge.n_running,
         "waiting": supervisor.gauge.n_waiting,
         "in_hand": supervisor.n_live,
