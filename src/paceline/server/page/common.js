@@ -1,6 +1,6 @@
 "use strict";
-// What the parts of the dashboard share. Everything that comes from the server is shown as text: nodes are made by `make`, and no markup is ever parsed.
-// The address of the page is never read, so a link cannot make it do anything.
+// What the parts of the dashboard share. Everything that comes from the server is shown as text: nodes are made by `make`, and no
+// markup is ever parsed. The address of the page is never read, so a link cannot make it do anything.
 
 const $ = (id) => document.getElementById(id);
 const KEY = "paceline-key";
@@ -31,6 +31,7 @@ const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const few = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
 const short = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
 const number = (x) => (Math.abs(x) >= 100 ? whole : few).format(x);
+const rate = (x) => (x >= 10 ? whole : few).format(x);
 const percent = (x) => `${x > 0 && x < 0.0995 ? (100 * x).toFixed(1) : Math.round(100 * x)} %`;
 
 function duration(s) {

@@ -87,8 +87,8 @@ function rates(id, name) {
     points.push(was === undefined || is === undefined || is < was ? 0 : (is - was) / Math.max(1e-3, b.time - a.time));
   }
   const last = points.slice(-3);
-  put(`${id}-rate`, last.length ? number(last.reduce((sum, x) => sum + x, 0) / last.length) : "–");
-  put(`${id}-peak`, points.length ? `peak ${number(Math.max(...points))}` : "");
+  put(`${id}-rate`, last.length ? rate(last.reduce((sum, x) => sum + x, 0) / last.length) : "–");
+  put(`${id}-peak`, points.length ? `peak ${rate(Math.max(...points))}` : "");
   chart($(`${id}-chart`), points);
 }
 
