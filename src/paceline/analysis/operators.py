@@ -65,7 +65,10 @@ def streamed(costs: Costs) -> int:
 
 @dataclass(frozen=True)
 class Operator:
-    """One kind of operator in a step. share: its bound's part of its time, 1 where nothing is left to gain; None: not counted."""
+    """One kind of operator in a step. share: its bound's part of its time, 1 where nothing is left to gain; None: not counted.
+
+    bound: what sets the bound, "memory" or the arithmetic unit. Where the operands stay in a cache between steps, share can exceed 1.
+    """
 
     name: str
     calls: float
@@ -73,6 +76,7 @@ class Operator:
     bytes: int
     flops: int
     share: float | None
+    bound: str | None = None
 
 
 def profile(device: Any, steps: Callable[[], int], costs: Costs, limits: Limits, kv_dtype: str) -> list[Operator]:
@@ -88,6 +92,9 @@ def profile(device: Any, steps: Callable[[], int], costs: Costs, limits: Limits,
         if cost is None:
             rows.append(Operator(name, calls / n, seconds, 0, 0, None))
             continue
-        bound = max(cost.bytes / limits.bandwidth, limits.arithmetic(name, cost, kv_dtype))
-        rows.append(Operator(name, calls / n, seconds, cost.bytes, cost.flops, bound / seconds))
+        memory, arithmetic = cost.bytes / limits.bandwidth, limits.arithmetic(name, cost, kv_dtype)
+        bound = "memory" if memory >= arithmetic else unit_of(name, kv_dtype)
+        rows.append(
+            Operator(name, calls / n, seconds, cost.bytes, cost.flops, max(memory, arithmetic) / seconds, bound)
+        )
     return sorted(rows, key=lambda r: -r.seconds)

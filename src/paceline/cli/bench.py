@@ -145,12 +145,13 @@ def print_operators(name: str, operators: list[dict[str, Any]]) -> None:
             share(o["seconds"] / total),
             f"{o['bytes'] / o['seconds'] / 1e9:.1f}" if o["bytes"] else "-",
             f"{o['flops'] / o['seconds'] / 1e9:.1f}" if o["flops"] else "-",
+            o["bound"] or "-",
             share(o["share"]),
         )
         for o in operators
     ]
     title = f"a step of {name}: {1e3 * total:.3f} ms in operators"
-    show.table(title, ("operator", "calls", "us", "of step", "GB/s", "GFLOP/s", "of its bound"), rows)
+    show.table(title, ("operator", "calls", "us", "of step", "GB/s", "GFLOP/s", "bound", "of its bound"), rows)
 
 
 def share(x: float | None) -> str:

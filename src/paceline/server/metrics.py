@@ -6,7 +6,7 @@ One registry per server. The front counts requests and times; what the engine kn
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,21 @@ class Metrics:
     def text(self) -> bytes:
         """The exposition format."""
         return generate_latest(self.registry)
+
+    def totals(self, model: str) -> dict[str, float]:
+        """Every counter of a model so far, summed over its other labels."""
+        found = dict.fromkeys(_COUNTERS, 0.0)
+        for name in found:
+            found[name] = sum(s.value for s in self._samples(name, model) if s.name.endswith("_total"))
+        return found
+
+    def buckets(self, model: str, name: str) -> dict[str, float]:
+        """How many observations of a histogram were at most so large, by the upper bounds as Prometheus writes them."""
+        return {s.labels["le"]: s.value for s in self._samples(name, model) if s.name.endswith("_bucket")}
+
+    def _samples(self, name: str, model: str) -> Iterator[Any]:
+        for family in self._made[name][0].collect():
+            yield from (s for s in family.samples if s.labels.get("model_name") == model)
 
     def begin(self, model: str, n_prompt: int) -> Record:
         self.count(model, "prompt_tokens", n_prompt)

@@ -97,6 +97,7 @@ class Model:
     supervisor: Supervisor
     loaded: float = field(default_factory=time.time)
     used: float = field(default_factory=time.monotonic)
+    probing: asyncio.Lock = field(default_factory=asyncio.Lock)  # one measurement of operators at a time
 
     @property
     def name(self) -> str:

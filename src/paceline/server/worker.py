@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from paceline.analysis.probe import Probe
 from paceline.assemble import Assembled, assemble
 from paceline.core.engine import Engine
 from paceline.core.errors import ConfigError, PacelineError, RequestError
@@ -35,8 +36,9 @@ class Worker:
     def __init__(self, sock: socket.socket, codec: wire.Codec, assembled: Assembled):
         self._sock, self._codec = sock, codec
         self.engine: Engine = assembled.engine
-        self.verbs: dict[str, Verb] = {}
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        probe = Probe(self.engine.runner, assembled.inspected.plan, self._idle)
+        self.verbs: dict[str, Verb] = {"operators": probe.ask}
         self._told = 0.0  # when the last gauge was sent
         self._stale = True  # whether anything has changed since
 
@@ -56,6 +58,9 @@ class Worker:
             trust = getattr(part, "trust", None)
             if trust is not None:
                 trust()
+
+    def _idle(self) -> bool:
+        return not self.engine.has_work and self._inbox.empty()
 
     def send(self, message: wire.Message) -> None:
         self._sock.sendall(self._codec.frame(message))

@@ -85,7 +85,7 @@ async def plan_of(call: Call) -> ASGIApp:
 
 
 def described(m: Any) -> dict[str, Any]:
-    return {"fingerprint": m.fingerprint, "names": list(m.offer.names), "notes": list(m.ready.notes), **m.ready.plan}
+    return {**m.ready.plan, "fingerprint": m.fingerprint, "names": list(m.offer.names), "notes": list(m.ready.notes)}
 
 
 async def metrics(call: Call) -> ASGIApp:
