@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from paceline.analysis.probe import Probe
 from paceline.assemble import Assembled, assemble
 from paceline.core.engine import Engine
 from paceline.core.errors import ConfigError, PacelineError, RequestError
+from paceline.core.tiers import Tiers
 from paceline.core.types import Output
 from paceline.server import wire
 
@@ -38,7 +40,8 @@ class Worker:
         self.engine: Engine = assembled.engine
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         probe = Probe(self.engine.runner, assembled.inspected.plan, self._idle)
-        self.verbs: dict[str, Verb] = {"operators": probe.ask}
+        self.verbs: dict[str, Verb] = {"operators": probe.ask, **cache_verbs(self.engine.runner.parts.tiers)}
+        self._sending = threading.Lock()  # tiers answer from their own threads
         self._told = 0.0  # when the last gauge was sent
         self._stale = True  # whether anything has changed since
 
@@ -63,7 +66,8 @@ class Worker:
         return not self.engine.has_work and self._inbox.empty()
 
     def send(self, message: wire.Message) -> None:
-        self._sock.sendall(self._codec.frame(message))
+        with self._sending:
+            self._sock.sendall(self._codec.frame(message))
 
     def _read(self) -> None:
         try:
@@ -104,13 +108,39 @@ class Worker:
         try:
             if verb not in self.verbs:
                 raise RequestError(f"{verb!r}: the worker knows {', '.join(sorted(self.verbs)) or 'no orders'}")
-            self.send(wire.Told(id, self.verbs[verb](**arguments)))
+            result = self.verbs[verb](**arguments)
+            if isinstance(result, Future):
+                result.add_done_callback(lambda done: self._told_later(id, done))
+            else:
+                self.send(wire.Told(id, result))
         except (PacelineError, TypeError, ValueError) as e:
             self.send(wire.Told(id, error=str(e)))
+
+    def _told_later(self, id: int, done: Future[Any]) -> None:
+        error = done.exception()
+        self.send(wire.Told(id, done.result()) if error is None else wire.Told(id, error=str(error)))
 
     def _gauge(self) -> wire.Gauge:
         self._told, self._stale = time.monotonic(), False
         return gauge(self.engine)
+
+
+def cache_verbs(tiers: Tiers | None) -> dict[str, Verb]:
+    """Orders to the tiers below the KV cache. All answer with plain data, or raise RequestError."""
+
+    def on() -> Tiers:
+        if tiers is None:
+            raise RequestError("no KV tier is on; start with --use kvcache/ram, kvcache/disk or kvcache/redis")
+        return tiers
+
+    return {
+        "cache_stats": lambda: on().stats(),
+        "cache_lookup": lambda tokens, salt: on().lookup(tokens, salt),
+        "cache_pin": lambda tokens, salt: on().pin(tokens, salt),
+        "cache_unpin": lambda tokens, salt: on().unpin(tokens, salt),
+        "cache_move": lambda tokens, salt, source, target: on().move(tokens, source, target, salt),
+        "cache_clear": lambda tier, salt: on().clear(tier, salt),
+    }
 
 
 def gauge(engine: Engine) -> wire.Gauge:
@@ -196,6 +226,7 @@ def main(fd: int) -> int:
         return 2
     try:
         worker.run()
+        worker.engine.close()
     except (BrokenPipeError, ConnectionResetError):  # the front is gone
         return 0
     except Exception:
