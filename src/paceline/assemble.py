@@ -111,6 +111,7 @@ def inspect(model: str | Path | Checkpoint | None, config: EngineConfig, progres
         formats=sizes.formats,
         dtype=sizes.dtype,
         notes=tuple(getattr(checkpoint, "notes", ())),
+        digest=checkpoint.digest(),
     )
     plan = resolve(config, facts, here, techniques.get, default_use())
     return Inspected(checkpoint, model_config, formats, tokenizer, plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +238,19 @@ def test_two_spellings_of_one_name(tmp_path: Path) -> None:
     config = {"model_type": "gemma3", "text_config": {"hidden_size": 2}}
     arrays = {"model.language_model.norm.weight": ones(2), "language_model.model.norm.weight": ones(2)}
     refused(write_folder(tmp_path / "m", config, arrays), "model.norm.weight", "both mean")
+
+
+def test_a_digest_tells_checkpoints_apart(tmp_path: Path) -> None:
+    from paceline import lab
+    from paceline.checkpoints import open_checkpoint
+
+    first, other = (open_checkpoint(lab.path(name)).digest() for name in ("lab-8m", "lab-1m"))
+    assert first == open_checkpoint(lab.path()).digest() != other
+    copy = tmp_path / "copy"
+    shutil.copytree(lab.path(), copy)
+    assert open_checkpoint(copy).digest() == first
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert open_checkpoint(copy).digest() != first

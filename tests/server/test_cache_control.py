@@ -20,9 +20,7 @@ def test_a_prefix_comes_back_after_restarts_of_worker_and_server(tmp_path: Path)
         assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         found = c.post("/admin/cache/lookup", json={"messages": [SYSTEM]})
         assert found.status_code == 200, found.text
-        eventually(
-            lambda: c.post("/admin/cache/lookup", json={"messages": [SYSTEM]}).json()["result"]["disk"] > 50
-        )
+        eventually(lambda: c.post("/admin/cache/lookup", json={"messages": [SYSTEM]}).json()["result"]["disk"] > 50)
         os.kill(s.supervisor.pid, signal.SIGKILL)
         again = c.post("/v1/chat/completions", json=ASK).json()
         assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 50
@@ -34,9 +32,7 @@ def test_a_prefix_comes_back_after_restarts_of_worker_and_server(tmp_path: Path)
         text = {"messages": [SYSTEM]}
         assert c.post("/admin/cache/pin", json=text).json()["result"] > 0
         assert c.post("/admin/cache/unpin", json=text).json()["result"] > 0
-        assert (
-            c.post("/admin/cache/lookup", json={**text, "key": "somebody else"}).json()["result"]["disk"] == 0
-        )
+        assert c.post("/admin/cache/lookup", json={**text, "key": "somebody else"}).json()["result"]["disk"] == 0
         stats = c.get("/admin/cache").json()
         assert "lab-8m" in stats
         assert c.post("/admin/cache/clear", json={}).json()["result"] > 0

@@ -13,6 +13,7 @@ import numpy as np
 
 from paceline import models
 from paceline.checkpoints.base import TensorInfo
+from paceline.checkpoints.files import sampled_digest
 from paceline.core.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -69,6 +70,9 @@ class RandomCheckpoint:
         for at in range(0, len(out), len(self._noise)):
             out[at : at + len(self._noise)] = self._noise[: len(out) - at]
         return out.reshape(shape)
+
+    def digest(self) -> str:
+        return sampled_digest(self.config, ())
 
     def release(self) -> None:
         pass

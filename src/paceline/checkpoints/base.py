@@ -51,6 +51,9 @@ class Checkpoint(Protocol):
     def release(self) -> None:
         """Give back the memory of what was read from the file so far. Arrays already read stay valid."""
 
+    def digest(self) -> str:
+        """Stands for the weights: see `files.sampled_digest`."""
+
     def close(self) -> None:
         """Forget the file. Arrays already read stay valid."""
 

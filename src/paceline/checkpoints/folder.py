@@ -13,7 +13,7 @@ import numpy as np
 
 from paceline.checkpoints import awq, gptq
 from paceline.checkpoints.base import TensorInfo
-from paceline.checkpoints.files import read_json, some
+from paceline.checkpoints.files import read_json, sampled_digest, some
 from paceline.checkpoints.safetensors import Entry, SafetensorsFile
 from paceline.core.errors import CheckpointError
 from paceline.ops.packed import Codes, Packed
@@ -191,6 +191,9 @@ class FolderCheckpoint:
     def release(self) -> None:
         for file in self._files:
             file.release()
+
+    def digest(self) -> str:
+        return sampled_digest(self.config, [file.path for file in self._files])
 
     def close(self) -> None:
         for file in self._files:

@@ -15,7 +15,7 @@ import numpy as np
 
 from paceline.checkpoints import gguf_config, gguf_dequant
 from paceline.checkpoints.base import TensorInfo
-from paceline.checkpoints.files import some
+from paceline.checkpoints.files import sampled_digest, some
 from paceline.checkpoints.gguf_file import GgufFile, GgufTensor
 from paceline.checkpoints.gguf_names import NO_WEIGHTS, Source, sources
 from paceline.core.errors import CheckpointError
@@ -125,6 +125,9 @@ class GgufCheckpoint:
     def release(self) -> None:
         for file in self._files:
             file.release()
+
+    def digest(self) -> str:
+        return sampled_digest(self.config, [file.path for file in self._files])
 
     def close(self) -> None:
         for file in self._files:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from paceline.checkpoints.base import TensorInfo
-from paceline.checkpoints.files import AtomicFile, check_space, is_count, read_json, sync_folder
+from paceline.checkpoints.files import AtomicFile, check_space, is_count, read_json, sampled_digest, sync_folder
 from paceline.checkpoints.safetensors import SafetensorsFile, SafetensorsWriter, dtype_name
 from paceline.core.errors import CheckpointError
 from paceline.ops import formats
@@ -104,6 +104,9 @@ class PackedCheckpoint:
     def release(self) -> None:
         for file in self._files:
             file.release()
+
+    def digest(self) -> str:
+        return sampled_digest(self.config, [file.path for file in self._files])
 
     def close(self) -> None:
         for file in self._files:

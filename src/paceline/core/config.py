@@ -91,6 +91,7 @@ class ModelFacts:
     formats: str
     dtype: str  # of the unquantised weights as they will be kept
     notes: tuple[str, ...] = ()
+    digest: str = ""  # of the weights
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class Plan:
         return {
             "model": self.model.name,
             "model_type": self.model.model_type,
+            "digest": self.model.digest,
             "parameters": self.model.n_params,
             "formats": self.model.formats,
             "weight_bytes": self.model.weight_bytes,
