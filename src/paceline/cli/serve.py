@@ -45,7 +45,17 @@ def register(app: typer.Typer) -> None:
         from paceline.server.logs import configure
 
         configure(settings.observe)
-        asyncio.run(_serve(Server(offers(name or model, config, settings), settings)))
+        _run(_serve(Server(offers(name or model, config, settings), settings)))
+
+
+def _run(main: Any) -> None:
+    """In uvloop where it is installed (the extra `fast`)."""
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(main)
+    else:
+        uvloop.run(main)
 
 
 def offers(model: str | None, config: EngineConfig, settings: ServeSettings) -> list[Any]:
