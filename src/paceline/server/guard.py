@@ -150,7 +150,7 @@ class Guard:
             raise e
         if not body.complete and body.announced:  # or the rest would be read and thrown away
             error.headers["connection"] = "close"
-        await render(error)(scope, body, answer)
+        await render(error, scope)(scope, body, answer)
 
     def _check(self, scope: Scope, headers: Headers, answer: _Answer) -> Response | None:
         """Raises ApiError; a response where a browser only asks whether it may."""

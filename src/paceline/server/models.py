@@ -16,6 +16,7 @@ from typing import Any
 
 from paceline.assemble import inspect
 from paceline.checkpoints import templates
+from paceline.checkpoints.pooling import Pooling, read_pooling
 from paceline.checkpoints.tokenizer import Tokenizer
 from paceline.core.config import EngineConfig, Plan
 from paceline.core.errors import PacelineError, RequestError
@@ -52,6 +53,7 @@ class Front:
     tags: Tags | None  # how thoughts are marked
     reads_parts: bool  # whether the template takes content as parts only
     defaults: SamplingParams
+    pooling: Pooling  # how embeddings are made of it
     plan: Plan
 
 
@@ -68,6 +70,7 @@ def open_front(offer: Offer) -> Front:
                     raise
                 why = str(e)
         defaults = params_from(seen.checkpoint.generation)
+        pooling = read_pooling(seen.checkpoint.path)
     sources = None if template is None else template.sources
     return Front(
         seen.tokenizer,
@@ -77,6 +80,7 @@ def open_front(offer: Offer) -> Front:
         reasoning.tags(dialects.text_of(sources)),
         dialects.reads_parts(sources),
         defaults,
+        pooling,
         seen.plan,
     )
 

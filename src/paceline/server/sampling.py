@@ -105,6 +105,14 @@ def params(body: Sampling, model: Model, bounds: Bounds, **more: Any) -> Samplin
     if (constraint := constrained(body)) is not None:
         given["constraint"] = constraint
     given |= {name: value for name, value in more.items() if value is not None}
+    return resolve(given, model, bounds)
+
+
+def resolve(given: dict[str, Any], model: Model, bounds: Bounds, limit: str = "max_tokens") -> SamplingParams:
+    """Fields of `SamplingParams` over what the model recommends, within the server's bounds. limit: what the API calls max_tokens.
+
+    Raises ApiError 400 naming everything that is wrong.
+    """
     problems: list[tuple[str | None, str]] = []
     for name, most in (
         ("n", bounds.max_n),
@@ -116,7 +124,7 @@ def params(body: Sampling, model: Model, bounds: Bounds, **more: Any) -> Samplin
     if bounds.max_output_tokens is not None:
         asked = given.get("max_tokens")
         if asked is not None and asked > bounds.max_output_tokens:
-            problems.append(("max_tokens", f"max_tokens = {asked}: at most {bounds.max_output_tokens} on this server"))
+            problems.append((limit, f"{limit} = {asked}: at most {bounds.max_output_tokens} on this server"))
         given.setdefault("max_tokens", bounds.max_output_tokens)
     try:
         made = model.front.defaults.with_(**given)

@@ -31,7 +31,7 @@ def parse(body: bytes, kind: type[T]) -> T:
     try:
         return _decoder(kind).decode(body)
     except msgspec.ValidationError as first:
-        problems = _all_problems(body, kind) or [_problem(str(first))]
+        problems = _all_problems(body, kind) or [problem_of(str(first))]
     except RecursionError:
         problems = [(None, "body: is nested too deeply")]
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
@@ -67,12 +67,12 @@ def _all_problems(body: bytes, kind: type[T]) -> list[tuple[str | None, str]]:
             if hint is type(None):
                 problems.append((name, f"{name}: is not supported by this server; leave it out"))
             else:
-                problems.append(_problem(str(e), name))
+                problems.append(problem_of(str(e), name))
     problems += [(name, f"{name}: is missing") for name, f in fields.items() if f.required and name not in found]
     return problems
 
 
-def _problem(text: str, name: str = "") -> tuple[str | None, str]:
+def problem_of(text: str, name: str = "") -> tuple[str | None, str]:
     """A decoder's message as (field, text)."""
     at = _AT.search(text)
     inner = at[1][1:] if at else ""
@@ -119,7 +119,7 @@ def _operation(route: Any, of_type: dict[Any, Any]) -> dict[str, Any]:
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
     }
     done: dict[str, Any] = {
-        "operationId": route.endpoint.__name__,
+        "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"),
         "summary": route.summary,
         "responses": {"200": ok, **{str(code): error for code in route.errors}},
     }

@@ -74,21 +74,26 @@ class EventStream:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         left = asyncio.ensure_future(gone(receive))
+        first = asyncio.ensure_future(_next(self._pieces))
         try:
+            both: set[asyncio.Future[Any]] = {first, left}
+            await asyncio.wait(both, timeout=self._keep_alive, return_when=asyncio.FIRST_COMPLETED)
+            if first.done():
+                first.result()  # raises what is then answered in the ordinary way
+            elif left.done():
+                raise ClientGone
             headers = [(k.encode(), v.encode()) for k, v in self._headers.items()]
             await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
-            await self._run(send, left)
+            await self._run(send, left, first)
             await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
         except (ClientGone, asyncio.TimeoutError, OSError):
             pass  # nobody is there to be told
         finally:
-            await _cancel(left)
+            await _cancel(left, first)
             await self._pieces.aclose()
 
-    async def _run(self, send: Send, left: asyncio.Future[None]) -> None:
-        pieces = self._pieces.__aiter__()
+    async def _run(self, send: Send, left: asyncio.Future[None], piece: asyncio.Future[Any]) -> None:
         while True:
-            piece: asyncio.Future[Any] = asyncio.ensure_future(_next(pieces))
             try:
                 while not piece.done():
                     await asyncio.wait({piece, left}, timeout=self._keep_alive, return_when=asyncio.FIRST_COMPLETED)
@@ -106,6 +111,7 @@ class EventStream:
             if data is None:
                 return
             await self._write(send, data)
+            piece = asyncio.ensure_future(_next(self._pieces))
 
     async def _write(self, send: Send, data: bytes) -> None:
         await self._send(send, {"type": "http.response.body", "body": data, "more_body": True})

@@ -15,7 +15,16 @@ from paceline.server import dialects
 from paceline.server.answer import Answer
 from paceline.server.api.base import Call
 from paceline.server.dialects import grammar, messages, reasoning
-from paceline.server.dialects.base import CallEnd, Event, Parser, Reasoning
+from paceline.server.dialects.base import (
+    CallArguments,
+    CallBroken,
+    CallEnd,
+    CallStart,
+    Content,
+    Event,
+    Parser,
+    Reasoning,
+)
 from paceline.server.errors import ApiError
 from paceline.server.models import Model
 
@@ -81,6 +90,23 @@ class Turn:
         if finish == "stop" and self._called[choice]:
             finish = "tool_calls"
         return Said(choice, events, delta, finish)
+
+
+def effort(level: str | None) -> dict[str, Any]:
+    """The template variables by which models are told how much to think."""
+    return {} if level is None else {"reasoning_effort": level, "enable_thinking": level != "none"}
+
+
+def repaired(events: Sequence[Event]) -> list[Event]:
+    """All events of an answer with calls that proved malformed as the text that they were, as `collect` does."""
+    broken = {e.index for e in events if isinstance(e, CallBroken)}
+    found: list[Event] = []
+    for e in events:
+        if isinstance(e, CallBroken):
+            found.append(Content(e.text))
+        elif not (isinstance(e, (CallStart, CallArguments, CallEnd)) and e.index in broken):
+            found.append(e)
+    return found
 
 
 async def prepare(call: Call, model: Model, asked: Asked) -> Turn:

@@ -61,7 +61,14 @@ async def completions(call: Call, body: CompletionRequest) -> ASGIApp:
         more["prompt_logprobs"] = body.logprobs
     sampling = params(body, model, call.server.settings.bounds, **more)
     answer = Answer(
-        call, model, prompts, sampling, generate=limit > 0, priority=body.priority, salt=body.cache_salt or ""
+        call,
+        model,
+        prompts,
+        sampling,
+        generate=limit > 0,
+        priority=body.priority,
+        salt=body.cache_salt or "",
+        field="prompt",
     )
     answer.check()
     one = _Completion(call, model, body, answer)
