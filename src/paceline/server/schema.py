@@ -53,7 +53,7 @@ def _all_problems(body: bytes, kind: type[T]) -> list[tuple[str | None, str]]:
     found = msgspec.json.decode(body)
     if not isinstance(found, dict):
         return [(None, "body: must be a JSON object")]
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     fields = {f.encode_name: f for f in msgspec.structs.fields(kind)}
     problems: list[tuple[str | None, str]] = []
     for name, value in found.items():

@@ -1,0 +1,184 @@
+"""A real server for the tests of its APIs: the app behind uvicorn on a free port, in a thread of this process; its workers are processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import shutil
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import paceline.lab
+from paceline import techniques
+from paceline.core.config import EngineConfig
+from paceline.core.errors import ConfigError
+from paceline.core.types import Delta, Request
+from paceline.server import wire
+from paceline.server.keys import Record, write
+from paceline.server.settings import Access, Observe, ServeSettings
+
+CONFIG = EngineConfig(context=1024, threads=1, kv_memory=64 << 20)
+ALICE, BOB, CAROL = "key-of-alice-0001", "key-of-bob-0000002", "key-of-carol-00003"
+# Qwen's way of calls and of thoughts, with nothing else.
+TEMPLATE = """\
+{%- if tools %}<|im_start|>system
+Answer with <tool_call>
+{"name": ..., "arguments": ...}
+</tool_call>. Tools: {{ tools | tojson }}<|im_end|>
+{% endif -%}
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{% if m.reasoning_content %}<think>
+{{ m.reasoning_content }}
+</think>
+
+{% endif %}{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>
+{"name": {{ c.function.name | tojson }}, "arguments": {{ c.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif -%}"""
+
+
+def constrains() -> bool:
+    """Whether answers can be held to a grammar."""
+    try:
+        techniques.get("output/llguidance")
+    except ConfigError:
+        return False
+    return True
+
+
+needs_grammar = pytest.mark.skipif(not constrains(), reason="needs output/llguidance to force a call")
+
+
+@dataclass
+class Running:
+    """A server at `url`. What the engine says may be scripted: the texts of the pieces of one answer, the last with how it ends."""
+
+    server: Any
+    url: str
+    requests: list[Request] = field(default_factory=list)  # that a script answered
+
+    @property
+    def model(self) -> Any:
+        return next(iter(self.server.models.loaded.values()))
+
+    def prompt(self) -> str:
+        """Of the last scripted request."""
+        return str(self.model.tokenizer.decode(list(self.requests[-1].tokens), skip_special_tokens=False))
+
+    @contextlib.contextmanager
+    def says(
+        self, *texts: str, finish: Any = "stop", stop: Any = None, fails: Exception | None = None, cached: int = 0
+    ) -> Iterator[None]:
+        """The next answers come from here instead of the engine; everything before and after it is the real thing."""
+
+        async def serve(requests: Any, *_: Any) -> AsyncIterator[Any]:
+            self.requests += requests
+            for i, text in enumerate(texts):
+                end = (finish, stop) if i == len(texts) - 1 and fails is None else (None, None)
+                yield [(0, Delta(requests[0].id, 0, (5,), text, (), *end))]
+            if fails is not None:
+                raise fails
+            yield [(0, wire.Ended(requests[0].id, cached))]
+
+        self.model.supervisor.serve = serve
+        try:
+            yield
+        finally:
+            del self.model.supervisor.serve
+
+
+@contextlib.contextmanager
+def serving(model: str | None, settings: ServeSettings, config: EngineConfig = CONFIG) -> Iterator[Running]:
+    import uvicorn
+
+    from paceline.cli.serve import offers, uvicorn_config
+    from paceline.server.app import Server, make_app
+
+    started, failed = threading.Event(), []
+    made: dict[str, Any] = {}
+    sock = socket.create_server(("127.0.0.1", 0))
+
+    async def main() -> None:
+        server = made["server"] = Server(offers(model, config, settings), settings)
+        http = made["http"] = uvicorn.Server(uvicorn_config(make_app(server), settings))
+        task = asyncio.create_task(http.serve([sock]))
+        await server.start()
+        while not http.started:
+            await asyncio.sleep(0.01)
+        started.set()
+        await task
+
+    def run() -> None:
+        try:
+            asyncio.run(main())
+        except BaseException as e:
+            failed.append(e)
+            started.set()
+
+    thread = threading.Thread(target=run, name="server")
+    thread.start()
+    assert started.wait(60)
+    if failed:
+        raise failed[0]
+    yield Running(made["server"], f"http://127.0.0.1:{sock.getsockname()[1]}")
+    made["http"].should_exit = True
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def settings(folder: Path) -> ServeSettings:
+    """Alice and Bob may do anything; Carol is held to two requests a minute."""
+    digest = hashlib.sha256(CAROL.encode()).hexdigest()
+    write(folder / "keys.json", [Record("carol", digest, int(time.time()), requests_per_minute=2)])
+    access = Access(api_key=(ALICE, BOB), keys_file=str(folder / "keys.json"))
+    return ServeSettings(access=access, observe=Observe(log_level="error"))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The embedded model, with keys."""
+    with serving(None, settings(tmp_path_factory.mktemp("keys"))) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The embedded model with a template that knows tools and thoughts."""
+    folder = tmp_path_factory.mktemp("thinker")
+    own = Path(paceline.lab.__file__).parent / "lab-8m"
+    for file in own.iterdir():
+        shutil.copy(file, folder / file.name)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
+    with serving(str(folder), settings(tmp_path_factory.mktemp("keys"))) as running:
+        yield running
+
+
+@pytest.fixture
+def http(server: Running) -> Iterator[httpx.Client]:
+    """Plain HTTP to the embedded model, as Alice."""
+    with httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {ALICE}"}, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def thinking(thinker: Running) -> Iterator[httpx.Client]:
+    """Plain HTTP to the model with tools, as Alice."""
+    with httpx.Client(base_url=thinker.url, headers={"authorization": f"Bearer {ALICE}"}, timeout=60) as client:
+        yield client
