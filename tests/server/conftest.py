@@ -28,7 +28,8 @@ from paceline.server.keys import Record, write
 from paceline.server.settings import Access, Observe, ServeSettings
 
 CONFIG = EngineConfig(context=1024, threads=1, kv_memory=64 << 20)
-ALICE, BOB, CAROL = "key-of-alice-0001", "key-of-bob-0000002", "key-of-carol-00003"
+ALICE, BOB = "key-of-alice-0001", "key-of-bob-0000002"
+CAROL, DAVE = "key-of-carol-00003", "key-of-dave-000004"
 # Qwen's way of calls and of thoughts, with nothing else.
 TEMPLATE = """\
 {%- if tools %}<|im_start|>system
@@ -143,9 +144,11 @@ def serving(model: str | None, settings: ServeSettings, config: EngineConfig = C
 
 
 def settings(folder: Path) -> ServeSettings:
-    """Alice and Bob may do anything; Carol is held to two requests a minute."""
-    digest = hashlib.sha256(CAROL.encode()).hexdigest()
-    write(folder / "keys.json", [Record("carol", digest, int(time.time()), requests_per_minute=2)])
+    """Alice and Bob may do anything; Carol and Dave, who each have one test only, are held to two requests a minute."""
+    held = {"carol": CAROL, "dave": DAVE}
+    digests = {name: hashlib.sha256(key.encode()).hexdigest() for name, key in held.items()}
+    records = [Record(name, digest, int(time.time()), requests_per_minute=2) for name, digest in digests.items()]
+    write(folder / "keys.json", records)
     access = Access(api_key=(ALICE, BOB), keys_file=str(folder / "keys.json"))
     return ServeSettings(access=access, observe=Observe(log_level="error"))
 

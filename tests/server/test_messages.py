@@ -103,7 +103,10 @@ def test_stop_sequence(client: anthropic.Anthropic) -> None:
 def test_count_tokens(client: anthropic.Anthropic) -> None:
     """Blocks and text are the same prompt, and as long as what the answer's usage says."""
     blocks: list[Any] = [
-        {"role": "user", "content": [{"type": "text", "text": "Say something.", "cache_control": {"type": "ephemeral"}}]}
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "Say something.", "cache_control": {"type": "ephemeral"}}],
+        }
     ]
     plain = client.messages.count_tokens(model="lab-8m", messages=ASK, system="Be brief.")
     assert plain.input_tokens == client.messages.count_tokens(
@@ -208,7 +211,13 @@ def test_thoughts(thinker: Running, tools: anthropic.Anthropic, thinking: httpx.
 @needs_grammar
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "weather"}])
 def test_forced_call(tools: anthropic.Anthropic, choice: Any) -> None:
-    asked: Any = {"model": model_of(tools), "max_tokens": 200, "messages": ASK, "tools": [WEATHER], "extra_body": GREEDY}
+    asked: Any = {
+        "model": model_of(tools),
+        "max_tokens": 200,
+        "messages": ASK,
+        "tools": [WEATHER],
+        "extra_body": GREEDY,
+    }
     whole = tools.messages.create(**asked, tool_choice=choice)
     call = next(b for b in whole.content if b.type == "tool_use")
     assert whole.stop_reason == "tool_use"
@@ -281,8 +290,14 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"messages": user(PICTURE)}, ["messages[0].content[0].type", "image"]),
     ({"messages": user({"type": "text", "text": "a", "citations": [{}]})}, ["messages[0].content[0].citations"]),
     ({"messages": [{"role": "tool", "content": "a"}]}, ["messages[0].role"]),
-    ({"messages": user({"type": "tool_use", "id": "a", "name": "b", "input": {}})}, ["[0].content[0]: a tool_use block"]),
-    ({"messages": [*ASK, {"role": "assistant", "content": [{"type": "thinking", "thinking": "a"}]}]}, ["to be continued"]),
+    (
+        {"messages": user({"type": "tool_use", "id": "a", "name": "b", "input": {}})},
+        ["[0].content[0]: a tool_use block"],
+    ),
+    (
+        {"messages": [*ASK, {"role": "assistant", "content": [{"type": "thinking", "thinking": "a"}]}]},
+        ["to be continued"],
+    ),
     ({"system": [{"type": "text", "text": "a"}, PICTURE]}, ["system[1].type"]),
     ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, ["tools[0].type"]),
     ({"tools": [WEATHER], "tool_choice": {"type": "tool"}}, ["tool_choice.name"]),
