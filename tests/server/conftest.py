@@ -1,4 +1,4 @@
-"""A real server for the tests of its APIs: the app behind uvicorn on a free port, in a thread of this process; its workers are processes."""
+"""A real server for the tests of its APIs: the app behind uvicorn on a free port, in a thread of this process. Workers are processes."""
 
 from __future__ import annotations
 
