@@ -160,16 +160,29 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield running
 
 
-@pytest.fixture(scope="session")
-def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The embedded model with a template that knows tools and thoughts."""
-    folder = tmp_path_factory.mktemp("thinker")
+def with_template(folder: Path, template: str) -> str:
+    """The embedded model in a folder of its own, with another chat template."""
     own = Path(paceline.lab.__file__).parent / "lab-8m"
     for file in own.iterdir():
         shutil.copy(file, folder / file.name)
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
-    with serving(str(folder), settings(tmp_path_factory.mktemp("keys"))) as running:
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The embedded model with a template that knows tools and thoughts."""
+    model = with_template(tmp_path_factory.mktemp("thinker"), TEMPLATE)
+    with serving(model, settings(tmp_path_factory.mktemp("keys"))) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The same without thoughts, in which a small model that has to call would get lost."""
+    template = TEMPLATE.replace("<think>", "(").replace("</think>", ")")
+    with serving(with_template(tmp_path_factory.mktemp("caller"), template), ServeSettings()) as running:
         yield running
 
 

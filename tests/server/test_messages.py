@@ -209,8 +209,11 @@ def test_thoughts(thinker: Running, tools: anthropic.Anthropic, thinking: httpx.
 
 
 @needs_grammar
-@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "weather"}])
-def test_forced_call(tools: anthropic.Anthropic, choice: Any) -> None:
+@pytest.mark.parametrize(
+    "choice", [{"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "weather"}]
+)
+def test_forced_call(caller: Running, choice: Any) -> None:
+    tools = connected(caller)
     asked: Any = {
         "model": model_of(tools),
         "max_tokens": 200,

@@ -261,7 +261,8 @@ def test_an_empty_answer(thinker: Running, thinking: httpx.Client) -> None:
 
 @needs_grammar
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "weather"}])
-def test_forced_call(tools: openai.OpenAI, choice: Any) -> None:
+def test_forced_call(caller: Running, choice: Any) -> None:
+    tools = connected(caller)
     asked: Any = {
         "model": model_of(tools),
         "input": "a",
