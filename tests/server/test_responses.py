@@ -361,6 +361,27 @@ def test_refused(thinking: httpx.Client, change: dict[str, Any], words: list[str
         assert word in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        (b"", "JSON"),
+        (b"[]", "object"),
+        (b'{"shiny": 1, ', "JSON"),
+        (b'{"shiny": "\xff"}', "JSON"),
+        (b'{"shiny": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested"),
+        (b'{"input": [' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"]}", "nested"),
+        (b'{"input": "a", "temperature": 1e400}', "temperature"),
+        (b'{"input": "a", "seed": 1' + b"0" * 30 + b"}", "seed"),
+    ],
+)
+def test_no_request_at_all(http: httpx.Client, body: bytes, word: str) -> None:
+    for path in ("/v1/responses", "/v1/embeddings"):
+        answer = http.post(path, content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 400
+    answer = http.post("/v1/responses", content=body, headers={"content-type": "application/json"})
+    assert word in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("id", ["resp_0", "%2e%2e", "a" * 1000])
 def test_bad_ids(http: httpx.Client, id: str) -> None:
     for answer in (http.get(f"/v1/responses/{id}"), http.delete(f"/v1/responses/{id}")):
