@@ -10,7 +10,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,13 @@ class Running:
     def prompt(self) -> str:
         """Of the last scripted request."""
         return str(self.model.tokenizer.decode(list(self.requests[-1].tokens), skip_special_tokens=False))
+
+    @staticmethod
+    def wait_for(condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < end, "this does not come"
+            time.sleep(0.01)
 
     @contextlib.contextmanager
     def says(

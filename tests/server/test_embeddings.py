@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,25 @@ def test_more_inputs_than_the_queue_takes(server: Running, http: httpx.Client) -
     np.testing.assert_allclose(rows, rows[np.arange(len(texts)) % 7], atol=2e-6)
     assert not np.allclose(rows[0], rows[1], atol=1e-3)
     assert server.model.supervisor.n_live == 0
+
+
+def test_a_reader_who_leaves(server: Running) -> None:
+    """Ends the work of a batch."""
+    begun: list[str] = []
+    supervisor = server.model.supervisor
+    submit = supervisor.submit
+    supervisor.submit = lambda r, queue: (begun.append(r.id), submit(r, queue))[1]
+    try:
+        body = json.dumps({"input": ["some text " * 20] * 2000})
+        headers = {"authorization": f"Bearer {ALICE}", "content-type": "application/json"}
+        connection = HTTPConnection(server.url.removeprefix("http://"), timeout=60)
+        connection.request("POST", "/v1/embeddings", body, headers)
+        server.wait_for(lambda: bool(begun))
+        connection.close()
+        server.wait_for(lambda: not supervisor.n_live)
+    finally:
+        del supervisor.submit
+    assert 0 < len(begun) < 2000
 
 
 def test_score(http: httpx.Client, expected: dict[str, np.ndarray]) -> None:

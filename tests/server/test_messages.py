@@ -309,7 +309,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"tools": [WEATHER, WEATHER]}, ["'weather' is given twice"]),
     ({"thinking": {"type": "enabled"}}, ["thinking.budget_tokens"]),
     ({"thinking": {"type": "enabled", "budget_tokens": 5}}, ["must be less than max_tokens = 5"]),
-    ({"stop_sequences": [""]}, ["stop"]),
+    ({"stop_sequences": [""]}, ["stop_sequences: "]),
     ({"top_k": -3, "top_p": 7}, ["top_k", "top_p"]),
     ({"metadata": {"user_id": "a", "more": 1}}, ["metadata", "more"]),
     ({"mcp_servers": [{}], "container": "a"}, ["mcp_servers", "container"]),

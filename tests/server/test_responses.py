@@ -169,7 +169,7 @@ def test_truncation(server: Running, client: openai.OpenAI) -> None:
     turns.append({"role": "user", "content": "The last."})
     with pytest.raises(openai.BadRequestError) as e:
         client.responses.create(model="lab-8m", input=turns)
-    assert e.value.code == "context_length_exceeded"
+    assert (e.value.code, e.value.param) == ("context_length_exceeded", "input")
     with server.says("Yes."):
         client.responses.create(model="lab-8m", input=turns, truncation="auto", max_output_tokens=50)
     prompt = server.prompt()
@@ -309,6 +309,17 @@ def test_quotas_hold_for_streams(server: Running) -> None:
         dave.completions.create(model="lab-8m", prompt="a", stream=True)
 
 
+def test_a_reader_who_leaves(server: Running, http: httpx.Client) -> None:
+    """Ends the work, and nothing is kept."""
+    body = {"input": "a", "stream": True, "max_output_tokens": 900, "ignore_eos": True}
+    with http.stream("POST", "/v1/responses", json=body) as answer:
+        lines = answer.iter_lines()
+        assert next(lines) == "event: response.created"
+        line = next(lines)
+    server.wait_for(lambda: not server.model.supervisor.n_live)
+    assert http.get(f"/v1/responses/{json.loads(line[6:])['response']['id']}").status_code == 404
+
+
 def message(*parts: Any, role: str = "user") -> list[Any]:
     return [{"role": role, "content": list(parts)}]
 
@@ -348,6 +359,11 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"top_logprobs": 21}, ["logprobs = 21"]),
     ({"metadata": {str(i): "a" for i in range(17)}}, ["metadata"]),
     ({"metadata": {"a": "b" * 513}}, ["metadata"]),
+    ({"stop": [""]}, ["stop: "]),
+    (
+        {"tools": [WEATHER], "tool_choice": "required", "text": {"format": {"type": "json_object"}}},
+        ["tool_choice: calls that are required"],
+    ),
     ({"stream_options": {"include_obfuscation": False}}, ["stream_options: needs stream"]),
     ({"previous_response_id": "resp_0"}, ["previous_response_id"]),
 ]

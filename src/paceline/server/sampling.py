@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -108,8 +111,10 @@ def params(body: Sampling, model: Model, bounds: Bounds, **more: Any) -> Samplin
     return resolve(given, model, bounds)
 
 
-def resolve(given: dict[str, Any], model: Model, bounds: Bounds, limit: str = "max_tokens") -> SamplingParams:
-    """Fields of `SamplingParams` over what the model recommends, within the server's bounds. limit: what the API calls max_tokens.
+def resolve(
+    given: dict[str, Any], model: Model, bounds: Bounds, names: Mapping[str, str] = MappingProxyType({})
+) -> SamplingParams:
+    """Fields of `SamplingParams` over what the model recommends, within the server's bounds. names: what an API calls some of them.
 
     Raises ApiError 400 naming everything that is wrong.
     """
@@ -124,15 +129,21 @@ def resolve(given: dict[str, Any], model: Model, bounds: Bounds, limit: str = "m
     if bounds.max_output_tokens is not None:
         asked = given.get("max_tokens")
         if asked is not None and asked > bounds.max_output_tokens:
-            problems.append((limit, f"{limit} = {asked}: at most {bounds.max_output_tokens} on this server"))
+            problems.append(("max_tokens", f"max_tokens = {asked}: at most {bounds.max_output_tokens} on this server"))
         given.setdefault("max_tokens", bounds.max_output_tokens)
     try:
         made = model.front.defaults.with_(**given)
     except RequestError as e:
         problems.append((one_field(e).param, str(e)))
     if problems:
-        raise bad_fields(problems)
+        raise bad_fields((names.get(field or "", field), _renamed(text, names)) for field, text in problems)
     return made
+
+
+def _renamed(text: str, names: Mapping[str, str]) -> str:
+    for name, other in names.items():
+        text = re.sub(rf"(^|; ){name}(?=:| =)", rf"\1{other}", text)
+    return text
 
 
 def constrained(body: Sampling) -> Constraint | None:

@@ -46,6 +46,7 @@ class Asked:
     truncate: int | None = None
     priority: int = 0
     salt: str = ""
+    field: str = "messages"  # what the API calls them, for errors
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Turn:
         self, call: Call, model: Model, prompt: str, tokens: list[int], params: SamplingParams, asked: Asked, names: Any
     ):
         self.model, self.prompt, self.asked = model, prompt, asked
-        self.answer = Answer(call, model, [tokens], params, priority=asked.priority, salt=asked.salt)
+        self.answer = Answer(call, model, [tokens], params, priority=asked.priority, salt=asked.salt, field=asked.field)
         self._parsers = [_parser(model, prompt, names) for _ in range(params.n)]
         self._called = [False] * params.n
 
@@ -153,7 +154,9 @@ def _constrained(model: Model, prompt: str, asked: Asked, functions: Any, dialec
     if lark is None:
         return asked.params
     if asked.params.constraint is not None:
-        raise RequestError("response_format: cannot be combined with calls that are required or strict; leave one out")
+        raise RequestError(
+            "tool_choice: calls that are required or strict cannot be combined with a format of the answer; leave one out"
+        )
     return asked.params.with_(constraint=Constraint("grammar", lark))
 
 
