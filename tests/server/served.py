@@ -50,9 +50,14 @@ def settings(**groups: dict[str, Any]) -> ServeSettings:
 
 @contextlib.contextmanager
 def served(
-    model: str | None = None, config: EngineConfig = CONFIG, names: tuple[str, ...] = ("lab-8m",), **groups: Any
+    model: str | None = None,
+    config: EngineConfig = CONFIG,
+    names: tuple[str, ...] = ("lab-8m",),
+    made: ServeSettings | None = None,
+    **groups: Any,
 ) -> Iterator[Served]:
-    made = settings(**{"life": {"drain": 2.0}, **groups})
+    """made: all settings; else groups: changes of the defaults by group."""
+    made = made or settings(**{"life": {"drain": 2.0}, **groups})
     made = replace(made, listen=replace(made.listen, port=0))
     started, ended = threading.Event(), threading.Event()
     found: dict[str, Any] = {}

@@ -25,6 +25,8 @@ _CONFIGS = (
     "quantize_config.json",
     "model.safetensors.index.json",
     "paceline.json",
+    "modules.json",
+    "1_Pooling/config.json",
 )
 
 

@@ -40,7 +40,10 @@ class Whole:
 
 
 class Answer:
-    """prompts: token ids of each; completion i of prompt p is choice p * n + i."""
+    """prompts: token ids of each; completion i of prompt p is choice p * n + i.
+
+    field: what the API calls the prompt, for errors. window: how many of the requests the engine has at a time; None: all.
+    """
 
     def __init__(
         self,
@@ -53,8 +56,11 @@ class Answer:
         pool: Any = None,
         priority: int = 0,
         salt: str = "",
+        field: str = "messages",
+        window: int | None = None,
     ):
         self.call, self.model, self.params = call, model, params
+        self.field, self.window = field, window
         who = call.identity
         own = f"{who.name}/{salt}" if salt else who.name
         now = time.perf_counter()
@@ -93,10 +99,10 @@ class Answer:
             raise ApiError(
                 400,
                 "; ".join(dict.fromkeys(problems)),
-                param="messages" if over else None,
+                param=self.field if over else None,
                 code="context_length_exceeded" if over else None,
             )
-        if supervisor.n_live + len(self.requests) > bounds.max_queue:
+        if supervisor.n_live + min(len(self.requests), self.window or len(self.requests)) > bounds.max_queue:
             raise ApiError(503, "too many requests are waiting; try again later", headers={"retry-after": "1"})
         if server.draining:
             raise ApiError(503, "the server is shutting down", headers={"retry-after": "5"})
@@ -104,6 +110,7 @@ class Answer:
     async def pieces(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         """The pieces as they come, (choice, piece), those that came together in one list. Leaving the iteration aborts all.
 
+        The first list is empty: it says that the call is admitted, so that a stream may begin before its first token.
         Raises ApiError before anything is served when quotas or bounds forbid it.
         """
         self.check()
@@ -114,8 +121,10 @@ class Answer:
         record = server.metrics.begin(self.model.name, self.usage.prompt)
         span = server.traces.begin(self.model.name, self.call.id, self.params, self.call.http.headers)
         error: BaseException | None = None
+        timeout = server.settings.bounds.request_timeout
         try:
-            async for items in self.model.supervisor.serve(self.requests, server.settings.bounds.request_timeout):
+            yield []
+            async for items in self.model.supervisor.serve(self.requests, timeout, self.window):
                 found: list[tuple[int, Delta]] = []
                 for at, item in items:
                     if isinstance(item, Delta):

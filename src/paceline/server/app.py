@@ -22,6 +22,7 @@ from paceline.server.guard import Guard, Rules
 from paceline.server.metrics import Metrics
 from paceline.server.models import Models, Offer
 from paceline.server.settings import ServeSettings
+from paceline.server.stored import Stored
 from paceline.server.supervisor import Restarts
 from paceline.server.tracing import traces
 from paceline.server.wire import Stepped
@@ -41,6 +42,7 @@ class Server:
         self.models = Models(
             offers, Restarts(life.max_restarts, life.restart_window), settings.serving.model_memory, self._observe
         )
+        self.stored = Stored()
         self.plans: dict[str, Any] = {}  # every configuration that has run, by fingerprint
         self.document = schema.openapi(routes(), __version__)
         self.started = time.time()

@@ -1,5 +1,5 @@
-"""Errors on the wire: one JSON shape for every route and status, `{"error": {"message", "type", "param", "code"}}` as OpenAI's clients
-expect it. Nothing internal is told in a 5xx; the log has it, under the request's id."""
+"""Errors on the wire: one JSON shape for every status, `{"error": {"message", "type", "param", "code"}}` as OpenAI's clients expect it;
+on the routes of Anthropic's API that API's own. Nothing internal is told in a 5xx; the log has it, under the request's id."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from paceline.core.errors import OutOfMemory, PacelineError, RequestError, TemplateError
 
@@ -30,6 +31,15 @@ _KINDS: Mapping[int, tuple[str, str | None]] = {
     431: ("invalid_request_error", "headers_too_large"),
     500: ("server_error", "internal_error"),
     503: ("overloaded", "overloaded"),
+}
+ANTHROPIC = ("/v1/messages", "/v1/messages/count_tokens")
+_ANTHROPIC_TYPES: Mapping[int, str] = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
 }
 _FIELD = re.compile(r"([a-z_][\w.\[\]-]{0,63})\s*[:=]")
 
@@ -64,13 +74,23 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
+    def anthropic(self, request_id: str | None = None) -> dict[str, Any]:
+        """As https://docs.anthropic.com/en/api/errors has it: types by status, the field only in the message."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}, "request_id": request_id}
+
     def event(self) -> bytes:
         """For a stream whose headers are sent: an SSE event; `data: [DONE]` follows it."""
         return b"data: " + msgspec.json.encode(self.body()) + b"\n\n"
 
 
-def render(error: ApiError) -> Response:
-    return Response(msgspec.json.encode(error.body()), error.status, error.headers, "application/json")
+def render(error: ApiError, scope: Scope) -> Response:
+    """In the shape of the API that was called. A proxy's prefix may be part of the path."""
+    request_id = scope.get("state", {}).get("request_id")
+    headers, body = error.headers, error.body()
+    if scope["path"].endswith(ANTHROPIC):
+        headers, body = {**headers, "request-id": str(request_id)}, error.anthropic(request_id)
+    return Response(msgspec.json.encode(body), error.status, headers, "application/json")
 
 
 def internal(request_id: str | None = None) -> ApiError:
@@ -113,7 +133,7 @@ Handler = Callable[[Request, Exception], Awaitable[Response]]
 
 
 async def _handle(request: Request, e: Exception) -> Response:
-    return render(from_exception(e, request.scope.get("state", {}).get("request_id")))
+    return render(from_exception(e, request.scope.get("state", {}).get("request_id")), request.scope)
 
 
 def handlers() -> dict[Any, Handler]:

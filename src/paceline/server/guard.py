@@ -165,7 +165,7 @@ class Guard:
             return
         if answer.started:
             raise e
-        await render(error)(scope, body, answer)
+        await render(error, scope)(scope, body, answer)
 
     def _check(self, scope: Scope, headers: Headers, answer: _Answer) -> Response | None:
         """Raises ApiError; a response where a browser only asks whether it may."""

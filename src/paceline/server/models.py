@@ -17,6 +17,7 @@ from typing import Any
 
 from paceline.assemble import inspect
 from paceline.checkpoints import templates
+from paceline.checkpoints.pooling import Pooling, read_pooling
 from paceline.checkpoints.tokenizer import Tokenizer
 from paceline.core.config import EngineConfig, Plan
 from paceline.core.errors import OutOfMemory, PacelineError, RequestError
@@ -55,6 +56,7 @@ class Front:
     tags: Tags | None  # how thoughts are marked
     reads_parts: bool  # whether the template takes content as parts only
     defaults: SamplingParams
+    pooling: Pooling  # how embeddings are made of it
     plan: Plan
 
 
@@ -71,6 +73,7 @@ def open_front(offer: Offer) -> Front:
                     raise
                 why = str(e)
         defaults = params_from(seen.checkpoint.generation)
+        pooling = read_pooling(seen.checkpoint.path)
     sources = None if template is None else template.sources
     return Front(
         seen.tokenizer,
@@ -80,6 +83,7 @@ def open_front(offer: Offer) -> Front:
         reasoning.tags(dialects.text_of(sources)),
         dialects.reads_parts(sources),
         defaults,
+        pooling,
         seen.plan,
     )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -105,6 +108,16 @@ def params(body: Sampling, model: Model, bounds: Bounds, **more: Any) -> Samplin
     if (constraint := constrained(body)) is not None:
         given["constraint"] = constraint
     given |= {name: value for name, value in more.items() if value is not None}
+    return resolve(given, model, bounds)
+
+
+def resolve(
+    given: dict[str, Any], model: Model, bounds: Bounds, names: Mapping[str, str] = MappingProxyType({})
+) -> SamplingParams:
+    """Fields of `SamplingParams` over what the model recommends, within the server's bounds. names: what an API calls some of them.
+
+    Raises ApiError 400 naming everything that is wrong.
+    """
     problems: list[tuple[str | None, str]] = []
     for name, most in (
         ("n", bounds.max_n),
@@ -123,8 +136,14 @@ def params(body: Sampling, model: Model, bounds: Bounds, **more: Any) -> Samplin
     except RequestError as e:
         problems.append((one_field(e).param, str(e)))
     if problems:
-        raise bad_fields(problems)
+        raise bad_fields((names.get(field or "", field), _renamed(text, names)) for field, text in problems)
     return made
+
+
+def _renamed(text: str, names: Mapping[str, str]) -> str:
+    for name, other in names.items():
+        text = re.sub(rf"(^|; ){name}(?=:| =)", rf"\1{other}", text)
+    return text
 
 
 def constrained(body: Sampling) -> Constraint | None:

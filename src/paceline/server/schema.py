@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import msgspec
 
-from paceline.server.errors import ApiError
+from paceline.server.errors import ANTHROPIC, ApiError
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -30,13 +30,23 @@ def parse(body: bytes, kind: type[T]) -> T:
     """The typed request in a body. Raises ApiError 400 naming every field that is wrong."""
     try:
         return _decoder(kind).decode(body)
-    except msgspec.ValidationError as first:
-        problems = _all_problems(body, kind) or [_problem(str(first))]
-    except RecursionError:
-        problems = [(None, "body: is nested too deeply")]
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
-        problems = [(None, f"body: is not valid JSON ({e})")]
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+        problems = _problems(body, kind, e)
     raise bad_fields(problems)
+
+
+def _problems(body: bytes, kind: type[T], e: Exception) -> list[tuple[str | None, str]]:
+    """What is wrong with a body that could not be decoded. The decoder stops at the first error, so worse may come after it."""
+    if isinstance(e, msgspec.ValidationError):
+        try:
+            return _all_problems(body, kind) or [problem_of(str(e))]
+        except msgspec.ValidationError:  # a number that no type has room for
+            return [problem_of(str(e))]
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as worse:
+            e = worse
+    if isinstance(e, RecursionError):
+        return [(None, "body: is nested too deeply")]
+    return [(None, f"body: is not valid JSON ({e})")]
 
 
 def bad_fields(problems: Iterable[tuple[str | None, str]]) -> ApiError:
@@ -53,7 +63,7 @@ def _all_problems(body: bytes, kind: type[T]) -> list[tuple[str | None, str]]:
     found = msgspec.json.decode(body)
     if not isinstance(found, dict):
         return [(None, "body: must be a JSON object")]
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     fields = {f.encode_name: f for f in msgspec.structs.fields(kind)}
     problems: list[tuple[str | None, str]] = []
     for name, value in found.items():
@@ -67,12 +77,12 @@ def _all_problems(body: bytes, kind: type[T]) -> list[tuple[str | None, str]]:
             if hint is type(None):
                 problems.append((name, f"{name}: is not supported by this server; leave it out"))
             else:
-                problems.append(_problem(str(e), name))
+                problems.append(problem_of(str(e), name))
     problems += [(name, f"{name}: is missing") for name, f in fields.items() if f.required and name not in found]
     return problems
 
 
-def _problem(text: str, name: str = "") -> tuple[str | None, str]:
+def problem_of(text: str, name: str = "") -> tuple[str | None, str]:
     """A decoder's message as (field, text)."""
     at = _AT.search(text)
     inner = at[1][1:] if at else ""
@@ -90,7 +100,7 @@ def openapi(routes: Iterable[Any], version: str) -> dict[str, Any]:
         [*bodies, *(r.answer for r in routes if r.answer is not None)], ref_template="#/components/schemas/{name}"
     )
     of_type = dict(zip([*bodies, *(r.answer for r in routes if r.answer is not None)], schemas, strict=True))
-    components["Error"] = _ERROR
+    components |= {"Error": _ERROR, "AnthropicError": _ANTHROPIC_ERROR}
     paths: dict[str, dict[str, Any]] = {}
     for r in routes:
         path = re.sub(r"{(\w+):\w+}", r"{\1}", r.path)
@@ -115,12 +125,13 @@ def _operation(route: Any, of_type: dict[Any, Any]) -> dict[str, Any]:
             ok["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     elif route.media is not None:
         ok["content"] = {route.media: {"schema": {}}}
+    shape = "AnthropicError" if route.path in ANTHROPIC else "Error"
     error = {
         "description": "What is wrong.",
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+        "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{shape}"}}},
     }
     done: dict[str, Any] = {
-        "operationId": route.endpoint.__name__,
+        "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"),
         "summary": route.summary,
         "responses": {"200": ok, **{str(code): error for code in route.errors}},
     }
@@ -148,5 +159,18 @@ _ERROR = {
                 "code": {"type": ["string", "null"]},
             },
         }
+    },
+}
+_ANTHROPIC_ERROR = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+        "request_id": {"type": ["string", "null"]},
     },
 }

@@ -74,16 +74,15 @@ class EventStream:
         self._failed = failed or _openai_error
         self._moved = time.monotonic()  # when a write last began or ended
         self._writing = False
-        self._given_up = False
+        self._started = self._given_up = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         me = asyncio.current_task()
         assert me is not None
         guards = [asyncio.ensure_future(self._watch(me, send)), asyncio.ensure_future(self._until_gone(me, receive))]
         try:
-            headers = [(k.encode(), v.encode()) for k, v in self._headers.items()]
-            await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
             await self._run(send)
+            await self._start(send)
             await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
         except asyncio.CancelledError:
             if not self._given_up:
@@ -96,14 +95,24 @@ class EventStream:
             await _cancel(*guards)
             await self._pieces.aclose()
 
+    async def _start(self, send: Send) -> None:
+        """Send the headers, once."""
+        if not self._started:
+            self._started = True
+            headers = [(k.encode(), v.encode()) for k, v in self._headers.items()]
+            await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
+
     async def _run(self, send: Send) -> None:
         try:
             async for data in self._pieces:
                 await self._write(send, data)
         except (PacelineError, ApiError) as e:
+            if not self._started:
+                raise  # answered in the ordinary way
             await self._write(send, self._failed(from_exception(e)))
 
     async def _write(self, send: Send, data: bytes) -> None:
+        await self._start(send)
         await self._send(send, {"type": "http.response.body", "body": data, "more_body": True})
 
     async def _send(self, send: Send, message: Any) -> None:
@@ -124,7 +133,11 @@ class EventStream:
                 self._give_up(me)
                 return
             else:
-                await self._write(send, KEEP_ALIVE)
+                try:
+                    await asyncio.wait_for(self._write(send, KEEP_ALIVE), self._write_timeout)
+                except asyncio.TimeoutError:
+                    self._give_up(me)
+                    return
 
     async def _until_gone(self, me: asyncio.Task[Any], receive: Receive) -> None:
         await gone(receive)

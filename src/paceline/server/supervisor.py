@@ -134,9 +134,11 @@ class Supervisor:
         return stream
 
     async def serve(
-        self, requests: Sequence[Request], deadline_s: float | None = None
+        self, requests: Sequence[Request], deadline_s: float | None = None, window: int | None = None
     ) -> AsyncIterator[list[tuple[int, Delta | wire.Ended]]]:
         """All that comes for these requests, as it comes: (which request, piece), whatever has gathered at a time.
+
+        window: at most so many of them are in hand at once, the next following when one ends; None: all.
 
         Each ends with its Ended. Leaving the iteration aborts them all. Raises RequestError, before anything is served, when one
         cannot be; Fault or Unavailable when one could not be served to its end, or not within deadline_s seconds.
@@ -145,21 +147,26 @@ class Supervisor:
         if problems:
             raise RequestError("; ".join(dict.fromkeys(problems)))
         queue: Pieces = asyncio.Queue()
-        streams = [self.submit(r, queue) for r in requests]
-        places = {stream: i for i, stream in enumerate(streams)}
+        places: dict[Stream, int] = {}
+        waiting = iter(enumerate(requests))
         end = None if deadline_s is None else time.monotonic() + deadline_s
-        n_open = len(streams)
+        n_open = len(requests)
         try:
+            for i, r in itertools.islice(waiting, window):
+                places[self.submit(r, queue)] = i
             while n_open:
                 items = []
                 for stream, item in await _gathered(queue, end):
                     if isinstance(item, Exception):
                         raise item
-                    n_open -= isinstance(item, wire.Ended)
+                    if isinstance(item, wire.Ended):
+                        n_open -= 1
+                        for i, r in itertools.islice(waiting, 1):
+                            places[self.submit(r, queue)] = i
                     items.append((places[stream], item))
                 yield items
         finally:
-            for stream in streams:
+            for stream in places:
                 self.abort(stream)
 
     def abort(self, stream: Stream) -> None:

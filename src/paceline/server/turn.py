@@ -16,7 +16,15 @@ from paceline.server.answer import Answer
 from paceline.server.api.base import Call
 from paceline.server.dialects import grammar, messages, reasoning
 from paceline.server.dialects.base import Parser
-from paceline.server.dialects.events import CallEnd, Event, Reasoning
+from paceline.server.dialects.events import (
+    CallArguments,
+    CallBroken,
+    CallEnd,
+    CallStart,
+    Content,
+    Event,
+    Reasoning,
+)
 from paceline.server.errors import ApiError
 from paceline.server.models import Model
 
@@ -38,6 +46,7 @@ class Asked:
     truncate: int | None = None
     priority: int = 0
     salt: str = ""
+    field: str = "messages"  # what the API calls them, for errors
 
 
 @dataclass
@@ -57,7 +66,7 @@ class Turn:
         self, call: Call, model: Model, prompt: str, tokens: list[int], params: SamplingParams, asked: Asked, names: Any
     ):
         self.model, self.prompt, self.asked = model, prompt, asked
-        self.answer = Answer(call, model, [tokens], params, priority=asked.priority, salt=asked.salt)
+        self.answer = Answer(call, model, [tokens], params, priority=asked.priority, salt=asked.salt, field=asked.field)
         self._parsers = [_parser(model, prompt, names) for _ in range(params.n)]
         self._called = [False] * params.n
 
@@ -82,6 +91,23 @@ class Turn:
         if finish == "stop" and self._called[choice]:
             finish = "tool_calls"
         return Said(choice, events, delta, finish)
+
+
+def effort(level: str | None) -> dict[str, Any]:
+    """The template variables by which models are told how much to think."""
+    return {} if level is None else {"reasoning_effort": level, "enable_thinking": level != "none"}
+
+
+def repaired(events: Sequence[Event]) -> list[Event]:
+    """All events of an answer with calls that proved malformed as the text that they were, as `collect` does."""
+    broken = {e.index for e in events if isinstance(e, CallBroken)}
+    found: list[Event] = []
+    for e in events:
+        if isinstance(e, CallBroken):
+            found.append(Content(e.text))
+        elif not (isinstance(e, (CallStart, CallArguments, CallEnd)) and e.index in broken):
+            found.append(e)
+    return found
 
 
 async def prepare(call: Call, model: Model, asked: Asked) -> Turn:
@@ -128,7 +154,9 @@ def _constrained(model: Model, prompt: str, asked: Asked, functions: Any, dialec
     if lark is None:
         return asked.params
     if asked.params.constraint is not None:
-        raise RequestError("response_format: cannot be combined with calls that are required or strict; leave one out")
+        raise RequestError(
+            "tool_choice: calls that are required or strict cannot be combined with a format of the answer; leave one out"
+        )
     return asked.params.with_(constraint=Constraint("grammar", lark))
 
 

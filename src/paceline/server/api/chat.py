@@ -17,7 +17,7 @@ from paceline.server.errors import ApiError
 from paceline.server.models import Model
 from paceline.server.sampling import Sampling, params
 from paceline.server.sse import DONE, EventStream, event, unless_gone
-from paceline.server.turn import Asked, Said, Turn, prepare
+from paceline.server.turn import Asked, Said, Turn, effort, prepare
 
 MAX_MESSAGES = 4096
 
@@ -78,10 +78,7 @@ def to_asked(call: Call, model: Model, body: ChatRequest) -> Asked:
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = params(body, model, call.server.settings.bounds, max_tokens=limit, logprobs=logprobs)
-    variables = dict(body.chat_template_kwargs or {})
-    if body.reasoning_effort is not None:
-        variables.setdefault("reasoning_effort", body.reasoning_effort)
-        variables.setdefault("enable_thinking", body.reasoning_effort != "none")
+    variables = {**effort(body.reasoning_effort), **(body.chat_template_kwargs or {})}
     return Asked(
         body.messages,
         sampling,
@@ -160,12 +157,13 @@ async def _chunks(call: Call, turn: Turn, body: ChatRequest) -> AsyncGenerator[b
             more.setdefault("usage", usage(turn.usage) if so_far else None)
         return event(encode({**head, "choices": choices, **more}))
 
-    yield b"".join(
+    first = b"".join(
         chunk([{"index": i, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}])
         for i in range(turn.answer.n_choices)
     )
     async for pieces in turn.pieces():
-        data = b"".join(chunk([choice]) for said in pieces for choice in _choices(turn, said, body))
+        data = first + b"".join(chunk([choice]) for said in pieces for choice in _choices(turn, said, body))
+        first = b""
         if data:
             yield data
     if with_usage:

@@ -62,7 +62,14 @@ async def completions(call: Call, body: CompletionRequest) -> ASGIApp:
     sampling = params(body, model, call.server.settings.bounds, **more)
     await model.check_constraint(sampling)
     answer = Answer(
-        call, model, prompts, sampling, generate=limit > 0, priority=body.priority, salt=body.cache_salt or ""
+        call,
+        model,
+        prompts,
+        sampling,
+        generate=limit > 0,
+        priority=body.priority,
+        salt=body.cache_salt or "",
+        field="prompt",
     )
     answer.check()
     one = _Completion(call, model, body, answer)
