@@ -122,7 +122,7 @@ def _operation(route: Any, of_type: dict[Any, Any]) -> dict[str, Any]:
     if route.answer is not None:
         ok["content"] = {"application/json": {"schema": of_type[route.answer]}}
         if route.streams:
-            ok["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+            ok["content"]["text/event-stream"] = {"schema": _EVENT}
     elif route.media is not None:
         ok["content"] = {route.media: {"schema": {}}}
     shape = "AnthropicError" if route.path in ANTHROPIC else "Error"
@@ -145,6 +145,11 @@ def _operation(route: Any, of_type: dict[Any, Any]) -> dict[str, Any]:
     return done
 
 
+_EVENT = {  # of a stream, each on its own
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
 _ERROR = {
     "type": "object",
     "required": ["error"],
