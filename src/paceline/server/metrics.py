@@ -6,7 +6,7 @@ One registry per server. The front counts requests and times; what the engine kn
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,7 @@ class Metrics:
                 Histogram(p + name, text, ("model_name",), buckets=buckets, registry=self.registry) for p in prefixes
             ]
             self._made[name] = made
+        self._labelled: dict[tuple[str, ...], list[Any]] = {}
         self._seen: dict[tuple[str, str], float] = {}
 
     def _counter(self, name: str, text: str, more: Sequence[str]) -> Counter:
@@ -103,13 +104,21 @@ class Metrics:
         self.observe(model, "request_prompt_tokens", n_prompt)
         return Record(self, model)
 
-    def count(self, model: str, name: str, n: float, **labels: str) -> None:
-        for m in self._made[name]:
-            m.labels(model_name=model, **labels).inc(n)
+    def count(self, model: str, name: str, n: float, *label: str) -> None:
+        """label: the value of the metric's own label, if it has one."""
+        for m in self._children(name, model, *label):
+            m.inc(n)
 
     def observe(self, model: str, name: str, value: float) -> None:
-        for m in self._made[name]:
-            m.labels(model_name=model).observe(value)
+        for m in self._children(name, model):
+            m.observe(value)
+
+    def _children(self, name: str, *labels: str) -> list[Any]:
+        """A metric under each prefix with these labels; looking labels up takes longer than counting."""
+        found = self._labelled.get((name, *labels))
+        if found is None:
+            found = self._labelled[(name, *labels)] = [m.labels(*labels) for m in self._made[name]]
+        return found
 
     def stepped(self, model: str, gauge: wire.Gauge | None) -> None:
         """What a worker says of itself."""
@@ -121,8 +130,8 @@ class Metrics:
             "kv_cache_usage_perc": gauge.kv_used,
         }
         for name, value in values.items():
-            for m in self._made[name]:
-                m.labels(model_name=model).set(value)
+            for m in self._children(name, model):
+                m.set(value)
         for name, key in _TOTALS.items():
             self.total(model, name, gauge.counters.get(key, 0.0))
 
@@ -159,7 +168,7 @@ class Record:
                 m.observe(self.model, name, now - (self._start if before is None else before))
                 self._last[choice] = now
             if delta.finish_reason is not None:
-                m.count(self.model, "request_success", 1, finished_reason=delta.finish_reason)
+                m.count(self.model, "request_success", 1, delta.finish_reason)
         for end in ended:
             m.observe(self.model, "request_queue_time_seconds", end.timing.queue)
             m.observe(self.model, "request_prefill_time_seconds", end.timing.prompt)
@@ -167,7 +176,7 @@ class Record:
 
     def fail(self, error: BaseException) -> None:
         self._failed = True
-        self.metrics.count(self.model, "request_failures", 1, kind=type(error).__name__)
+        self.metrics.count(self.model, "request_failures", 1, type(error).__name__)
 
     def close(self, n_tokens: int) -> None:
         m, took = self.metrics, time.perf_counter() - self._start
@@ -179,12 +188,3 @@ class Record:
             per_choice = (n_tokens - len(self._last)) / len(self._last)
             decode = max(self._last.values()) - self._start
             m.observe(self.model, "request_time_per_output_token_seconds", decode / max(1.0, per_choice))
-
-
-def summary(registry: CollectorRegistry) -> Mapping[str, float]:
-    """Every sample by name and labels, for tests and the status page."""
-    return {
-        f"{s.name}{{{','.join(f'{k}={v}' for k, v in s.labels.items())}}}": s.value
-        for family in registry.collect()
-        for s in family.samples
-    }

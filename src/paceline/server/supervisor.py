@@ -362,7 +362,8 @@ class Supervisor:
 async def _gathered(queue: Pieces, end: float | None) -> list[tuple[Stream, Piece]]:
     """The next items of a queue, all that are there. Raises Unavailable at the time `end`."""
     try:
-        items = [await asyncio.wait_for(queue.get(), None if end is None else max(0.0, end - time.monotonic()))]
+        first = queue.get()
+        items = [await (first if end is None else asyncio.wait_for(first, max(0.0, end - time.monotonic())))]
     except asyncio.TimeoutError:
         raise Unavailable("the request took longer than this server allows") from None
     while not queue.empty():
