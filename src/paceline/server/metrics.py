@@ -115,9 +115,10 @@ class Metrics:
 
     def _children(self, name: str, *labels: str) -> list[Any]:
         """A metric under each prefix with these labels; looking labels up takes longer than counting."""
-        found = self._labelled.get((name, *labels))
+        key = (name, *labels)
+        found = self._labelled.get(key)
         if found is None:
-            found = self._labelled[(name, *labels)] = [m.labels(*labels) for m in self._made[name]]
+            found = self._labelled[key] = [m.labels(*labels) for m in self._made[name]]
         return found
 
     def stepped(self, model: str, gauge: wire.Gauge | None) -> None:
