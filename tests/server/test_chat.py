@@ -313,3 +313,24 @@ def test_reload_finishes_what_runs_on_the_old_model_and_serves_the_new_one() -> 
         assert c.post("/admin/unload", json={"model": "lab-8m"}).status_code == 200
         assert s.server.models.loaded == {}
         assert c.post("/v1/completions", json={**ask, "max_tokens": 5}).json()["choices"] == new["choices"]
+
+
+def test_wishes_of_a_request_reach_the_engine(server: Served) -> None:
+    seen: list[Any] = []
+    submit = server.supervisor.submit
+
+    def spy(request: Any, *more: Any) -> Any:
+        seen.append(request)
+        return submit(request, *more)
+
+    server.supervisor.submit = spy
+    try:
+        with server.client() as c:
+            body = {"prompt": "x", "max_tokens": 1, "priority": 3, "cache_salt": "s", "ttft_target": 0.5, "tpot_target": 0.1}
+            assert c.post("/v1/completions", json=body).status_code == 200
+            assert c.post("/v1/completions", json={**body, "ttft_target": 0}).status_code == 400
+            assert c.post("/v1/completions", json={**body, "priority": -1}).status_code == 400
+    finally:
+        del server.supervisor.submit
+    (request,) = seen
+    assert (request.priority, request.salt, request.ttft_target, request.tpot_target) == (-3, "/s", 0.5, 0.1)

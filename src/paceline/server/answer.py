@@ -39,6 +39,19 @@ class Whole:
     stop_reason: str | int | None = None
 
 
+@dataclass(frozen=True)
+class Service:
+    """How a request wishes to be served. priority: 0 or later, as vLLM counts; salt: narrows whose prefixes are shared; targets: seconds."""
+
+    priority: int = 0
+    salt: str = ""
+    ttft_target: float | None = None
+    tpot_target: float | None = None
+
+
+NO_WISHES = Service()
+
+
 class Answer:
     """prompts: token ids of each; completion i of prompt p is choice p * n + i.
 
@@ -54,15 +67,14 @@ class Answer:
         *,
         generate: bool = True,
         pool: Any = None,
-        priority: int = 0,
-        salt: str = "",
+        service: Service = NO_WISHES,
         field: str = "messages",
         window: int | None = None,
     ):
         self.call, self.model, self.params = call, model, params
         self.field, self.window = field, window
         who = call.identity
-        own = f"{who.name}/{salt}" if salt else who.name
+        own = f"{who.name}/{service.salt}" if service.salt else who.name
         now = time.perf_counter()
         self.requests = [
             Request(
@@ -71,8 +83,10 @@ class Answer:
                 params,
                 generate=generate,
                 pool=pool,
-                priority=who.priority - priority,
+                priority=who.priority - service.priority,
                 salt=own,
+                ttft_target=service.ttft_target,
+                tpot_target=service.tpot_target,
                 owner=who.name,
                 arrival=now,
             )

@@ -11,7 +11,7 @@ import msgspec
 
 from paceline.core.errors import RequestError
 from paceline.core.types import Constraint, ConstraintKind, SamplingParams
-from paceline.server.answer import one_field
+from paceline.server.answer import Service, one_field
 from paceline.server.errors import ApiError
 from paceline.server.models import Model
 from paceline.server.schema import Body, bad_fields
@@ -19,6 +19,7 @@ from paceline.server.settings import Bounds
 
 Stop = str | list[str] | None
 Count = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -82,11 +83,16 @@ class Sampling(Body, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Count = 0
+    ttft_target: Seconds | None = None  # ours: for policies that heed deadlines
+    tpot_target: Seconds | None = None
     cache_salt: Annotated[str, msgspec.Meta(max_length=256)] | None = None
     user: Annotated[str, msgspec.Meta(max_length=1024)] | None = None
     service_tier: Literal["auto", "default"] | None = None
     use_beam_search: Literal[False] | None = None
     best_of: Literal[1] | None = None
+
+    def service(self) -> Service:
+        return Service(self.priority, self.cache_salt or "", self.ttft_target, self.tpot_target)
 
 
 _PLAIN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "n", "seed",

@@ -12,7 +12,7 @@ from typing import Any
 from paceline.core.errors import RequestError
 from paceline.core.types import Constraint, Delta, SamplingParams
 from paceline.server import dialects
-from paceline.server.answer import Answer
+from paceline.server.answer import NO_WISHES, Answer, Service
 from paceline.server.api.base import Call
 from paceline.server.dialects import grammar, messages, reasoning
 from paceline.server.dialects.base import Parser
@@ -44,8 +44,7 @@ class Asked:
     continue_final_message: bool = False
     chat_template: str | None = None
     truncate: int | None = None
-    priority: int = 0
-    salt: str = ""
+    service: Service = NO_WISHES
     field: str = "messages"  # what the API calls them, for errors
 
 
@@ -66,7 +65,7 @@ class Turn:
         self, call: Call, model: Model, prompt: str, tokens: list[int], params: SamplingParams, asked: Asked, names: Any
     ):
         self.model, self.prompt, self.asked = model, prompt, asked
-        self.answer = Answer(call, model, [tokens], params, priority=asked.priority, salt=asked.salt, field=asked.field)
+        self.answer = Answer(call, model, [tokens], params, service=asked.service, field=asked.field)
         self._parsers = [_parser(model, prompt, names) for _ in range(params.n)]
         self._called = [False] * params.n
 

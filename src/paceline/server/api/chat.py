@@ -91,8 +91,7 @@ def to_asked(call: Call, model: Model, body: ChatRequest) -> Asked:
         continue_final_message=body.continue_final_message,
         chat_template=body.chat_template,
         truncate=body.truncate_prompt_tokens,
-        priority=body.priority,
-        salt=body.cache_salt or "",
+        service=body.service(),
     )
 
 

@@ -67,8 +67,7 @@ async def completions(call: Call, body: CompletionRequest) -> ASGIApp:
         prompts,
         sampling,
         generate=limit > 0,
-        priority=body.priority,
-        salt=body.cache_salt or "",
+        service=body.service(),
         field="prompt",
     )
     answer.check()

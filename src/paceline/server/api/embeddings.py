@@ -17,7 +17,7 @@ import numpy as np
 from starlette.types import ASGIApp
 
 from paceline.core.types import GREEDY
-from paceline.server.answer import Answer, Usage
+from paceline.server.answer import Answer, Service, Usage
 from paceline.server.api.base import Call, Route, json
 from paceline.server.errors import ApiError, Fault
 from paceline.server.models import LONG_TEXT, Model
@@ -206,7 +206,7 @@ class _Vectors:
             GREEDY,
             generate=False,
             pool=self.pool,
-            priority=body.priority,
+            service=Service(body.priority),
             field=field,
             window=WINDOW,
         )

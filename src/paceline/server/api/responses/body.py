@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from paceline.core.types import Constraint, SamplingParams
+from paceline.server.answer import Service
 from paceline.server.api.base import Call
 from paceline.server.api.responses import items
 from paceline.server.models import Model
@@ -135,8 +136,7 @@ def to_asked(call: Call, model: Model, body: ResponsesRequest, before: Kept | No
         tool_choice=choice,
         parallel_calls=body.parallel_tool_calls is not False,
         variables={**effort(level), **(body.chat_template_kwargs or {})},
-        priority=body.priority,
-        salt=body.cache_salt or "",
+        service=Service(body.priority, body.cache_salt or ""),
         field="input",
     )
 
