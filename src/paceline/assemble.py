@@ -18,6 +18,8 @@ from paceline.checkpoints import open_checkpoint
 from paceline.checkpoints.base import Checkpoint
 from paceline.checkpoints.detokenize import Detokenizer, StopScanner
 from paceline.checkpoints.tokenizer import Tokenizer
+from paceline.core import adapters as names
+from paceline.core.adapters import Adapters
 from paceline.core.clock import Clock
 from paceline.core.config import EngineConfig, Machine, ModelFacts, Plan, problems_without_model, resolve
 from paceline.core.engine import Engine, Serving
@@ -26,7 +28,7 @@ from paceline.core.kvcache import KVCache, make_groups
 from paceline.core.recipe import Recipe
 from paceline.core.runner import Parts
 from paceline.core.types import SamplingParams
-from paceline.models import loader
+from paceline.models import adapters, loader
 from paceline.models.base import Model, ModelConfig
 from paceline.ops import Ops
 
@@ -109,6 +111,7 @@ def inspect(model: str | Path | Checkpoint | None, config: EngineConfig, progres
         formats=sizes.formats,
         dtype=sizes.dtype,
         notes=tuple(getattr(checkpoint, "notes", ())),
+        adapter_bytes=sum(adapters.size(path, model_config) for _, path in map(names.parse, config.adapters)),
     )
     plan = resolve(config, facts, here, techniques.get, default_use())
     return Inspected(checkpoint, model_config, formats, tokenizer, plan)
@@ -199,7 +202,10 @@ def assemble(
     capacity = min(plan.context, (plan.n_pages - 1) * plan.page_size)
     serving = Serving(seen.config.n_vocab, capacity, eos, "the context" if capacity == plan.context else "the KV cache")
     text: dict[str, Any] = {} if tokenizer is None else {"text": lambda p: StreamText(tokenizer, p)}
-    engine = Engine(net, cache, parts, plan.limits, serving, clock=clock, **text)
+    loaded = Adapters(lambda name, path, room: adapters.load(name, path, seen.config, ops, room), plan.adapter_bytes)
+    engine = Engine(net, cache, parts, plan.limits, serving, clock=clock, adapters=loaded, **text)
+    for name, path in map(names.parse, config.adapters):
+        engine.load_adapter(name, path)
     return Assembled(seen, net, engine)
 
 

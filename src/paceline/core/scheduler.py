@@ -163,7 +163,7 @@ class Scheduler:
         if self.prefix is None or seq.params.prompt_logprobs is not None or seq.request.pool is not None:
             seq.kv = self.cache.new()
             return
-        n, pages = self.prefix.match(seq.tokens, seq.request.salt)
+        n, pages = self.prefix.match(seq.tokens, seq.salt)
         seq.kv = self.cache.adopt(pages, n)
         seq.n_computed = n
         seq.n_cached = min(n, seq.n_prompt)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from paceline.core.adapters import Adapter
 from paceline.core.types import FinishReason, Request, SamplingParams, TokenLogprob
 
 
@@ -74,9 +75,12 @@ class Sequence:
     stop_reason: str | int | None = None
     error: str | None = None
     plain: bool = False  # only its next tokens are asked for: no pooling, no logprobs of the prompt
+    adapter: Adapter | None = None
+    salt: str = ""  # the request's, and what the adapter computes: states are shared within it
 
     def __post_init__(self) -> None:
         request = self.request
+        self.salt = f"{self.adapter.digest if self.adapter else ''}/{request.salt}"
         self.plain = request.generate and request.pool is None and request.params.prompt_logprobs is None
 
     @property

@@ -155,6 +155,7 @@ class Request:
     priority: int = 0
     salt: str = ""  # prefixes are shared only between requests of equal salt
     arrival: float = 0.0
+    adapter: str = ""  # the name of a loaded adapter; "": the plain model
 
 
 @dataclass(frozen=True)
