@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -111,7 +112,9 @@ def inspect(model: str | Path | Checkpoint | None, config: EngineConfig, progres
         formats=sizes.formats,
         dtype=sizes.dtype,
         notes=tuple(getattr(checkpoint, "notes", ())),
-        adapter_bytes=sum(adapters.size(path, model_config) for _, path in map(names.parse, config.adapters)),
+        adapter_bytes=sum(
+            adapters.size(path, model_config, config.adapter_dtype) for _, path in map(names.parse, config.adapters)
+        ),
     )
     plan = resolve(config, facts, here, techniques.get, default_use())
     return Inspected(checkpoint, model_config, formats, tokenizer, plan)
@@ -202,7 +205,8 @@ def assemble(
     capacity = min(plan.context, (plan.n_pages - 1) * plan.page_size)
     serving = Serving(seen.config.n_vocab, capacity, eos, "the context" if capacity == plan.context else "the KV cache")
     text: dict[str, Any] = {} if tokenizer is None else {"text": lambda p: StreamText(tokenizer, p)}
-    loaded = Adapters(lambda name, path, room: adapters.load(name, path, seen.config, ops, room), plan.adapter_bytes)
+    read = functools.partial(adapters.load, config=seen.config, ops=ops, dtype=config.adapter_dtype)
+    loaded = Adapters(read, plan.adapter_bytes)
     engine = Engine(net, cache, parts, plan.limits, serving, clock=clock, adapters=loaded, **text)
     for name, path in map(names.parse, config.adapters):
         engine.load_adapter(name, path)

@@ -161,7 +161,7 @@ class LLM:
     # ---- adapters
 
     def load_adapter(self, name: str, path: str | Path) -> None:
-        """Load a LoRA adapter (a PEFT folder) beside the model; requests may name it from now on. Raises RequestError and CheckpointError."""
+        """Load a LoRA adapter (a PEFT folder) beside the model, for requests to name. Raises RequestError, CheckpointError."""
         self.engine.load_adapter(name, path)
 
     def unload_adapter(self, name: str) -> None:

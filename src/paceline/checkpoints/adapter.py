@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from paceline.checkpoints.files import read_json, some
@@ -31,11 +32,13 @@ _KEY = re.compile(r"base_model\.model\.(.{1,400})\.lora_([AB])\.weight")
 _PATTERN = re.compile(r"\^?[\w.]+")  # keys of rank_pattern and alpha_pattern: ends of module names, no expressions
 
 # Options that change nothing for a finished adapter, or that its tensors say themselves.
-_IGNORED = frozenset(
-    "alpha_pattern auto_mapping base_model_name_or_path corda_config eva_config exclude_modules fan_in_fan_out inference_mode layers_pattern "
-    "layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config megatron_config megatron_core peft_type peft_version "
-    "qalora_group_size r rank_pattern revision runtime_config target_modules task_type use_rslora".split()
-)
+_IGNORED = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
+    "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "peft_type", "peft_version",
+    "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type",
+    "use_rslora",
+}  # fmt: skip
 _REFUSED = {
     "use_dora": "DoRA also scales by trained magnitudes; train plain LoRA, or merge the adapter into the model",
     "modules_to_save": "it replaces whole modules (embedding or head); merge the adapter into the model",
@@ -59,13 +62,17 @@ class Lora:
     n_in: int
     n_out: int
     scale: float
-    itemsize: int  # 2 where both are bfloat16, else 4
+    itemsize: int  # 2 where it is kept as bfloat16, else 4
 
 
 class AdapterFolder:
-    """A PEFT folder, opened and checked; no tensor is read until `read`. Raises CheckpointError with everything wrong."""
+    """A PEFT folder, opened and checked; no tensor is read until `read`. Raises CheckpointError with everything wrong.
 
-    def __init__(self, path: str | Path):
+    dtype: how the numbers are kept: float32, bfloat16 (rounded to nearest, as most engines do), or auto: bfloat16 where both matrices
+    of a module are stored so, else float32, which loses nothing.
+    """
+
+    def __init__(self, path: str | Path, dtype: str = "auto"):
         self.path = Path(path)
         if not self.path.is_dir():
             raise CheckpointError(f"{path}: is not a folder; an adapter is a folder with {CONFIG} and {WEIGHTS}")
@@ -80,17 +87,16 @@ class AdapterFolder:
             raise CheckpointError(f"{self.path / CONFIG}: " + "; ".join(problems))
         self._file = SafetensorsFile(self.path / WEIGHTS)
         try:
-            self.modules = _modules(config, self._file.entries)
+            self.modules = _modules(config, self._file.entries, dtype)
         except CheckpointError as e:
             self.close()
             raise CheckpointError(f"{self.path / WEIGHTS}: {e}") from None
         self.targets = _targets(config)
 
     def read(self, module: Lora) -> tuple[np.ndarray, np.ndarray]:
-        """a (rank, n_in) and b (n_out, rank): bfloat16 where both are stored so, else float32; copies. Raises CheckpointError."""
-        arrays = [self._file.read(name) for name in (module.a, module.b)]
-        dtype = arrays[0].dtype if module.itemsize == 2 else np.dtype(np.float32)
-        out = [np.array(a, dtype) for a in arrays]
+        """a (rank, n_in) and b (n_out, rank), bfloat16 or float32; copies. Raises CheckpointError."""
+        dtype = ml_dtypes.bfloat16 if module.itemsize == 2 else np.float32
+        out = [np.array(self._file.read(name), dtype) for name in (module.a, module.b)]
         for name, a in zip((module.a, module.b), out, strict=True):
             if not np.isfinite(a).all():
                 raise CheckpointError(
@@ -119,7 +125,10 @@ def _config_problems(c: Mapping[str, Any]) -> Iterator[str]:
         yield f"r = {c.get('r')!r}: must be an integer from 1 to {MAX_RANK}"
     if not _is_alpha(c.get("lora_alpha")):
         yield f"lora_alpha = {c.get('lora_alpha')!r}: must be a number"
-    for name, good, what in (("rank_pattern", _is_rank, f"ranks from 1 to {MAX_RANK}"), ("alpha_pattern", _is_alpha, "numbers")):
+    for name, good, what in (
+        ("rank_pattern", _is_rank, f"ranks from 1 to {MAX_RANK}"),
+        ("alpha_pattern", _is_alpha, "numbers"),
+    ):
         pattern = c.get(name) or {}
         if not isinstance(pattern, dict) or not all(map(good, pattern.values())):
             yield f"{name}: must map module names to {what}"
@@ -132,7 +141,8 @@ def _config_problems(c: Mapping[str, Any]) -> Iterator[str]:
     if c.get("bias", "none") != "none":
         yield f"bias = {c['bias']!r}: trained biases cannot be loaded; train with bias='none', or merge the adapter into the model"
     if c.get("init_lora_weights", True) not in _INITS:
-        yield f"init_lora_weights = {c['init_lora_weights']!r}: it changes the base model; convert the adapter to plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+        how = "convert the adapter to plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+        yield f"init_lora_weights = {c['init_lora_weights']!r}: it changes the base model; {how}"
     for name, value in c.items():
         if name in _IGNORED or name in ("bias", "init_lora_weights") or value in (None, False, "", [], {}):
             continue
@@ -154,7 +164,7 @@ def _targets(c: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(t) for t in targets) if isinstance(targets, list) else ()
 
 
-def _modules(c: Mapping[str, Any], entries: Mapping[str, Entry]) -> tuple[Lora, ...]:
+def _modules(c: Mapping[str, Any], entries: Mapping[str, Entry], dtype: str) -> tuple[Lora, ...]:
     """Every adapted module with its scale, from the tensors' names and shapes."""
     found: dict[str, dict[str, str]] = {}
     problems: list[str] = []
@@ -166,7 +176,8 @@ def _modules(c: Mapping[str, Any], entries: Mapping[str, Entry]) -> tuple[Lora, 
         else:
             strange.append(key)
     if strange:
-        problems.append(f"{some(k[:200] for k in strange)}: only lora_A and lora_B of linear modules can be loaded, no embeddings, heads, magnitudes or biases")
+        kinds = "only lora_A and lora_B of linear modules can be loaded, no embeddings, heads, magnitudes or biases"
+        problems.append(f"{some(k[:200] for k in strange)}: {kinds}")
     if not found:
         problems.append("has no lora_A and lora_B tensors")
     modules = []
@@ -182,7 +193,8 @@ def _modules(c: Mapping[str, Any], entries: Mapping[str, Entry]) -> tuple[Lora, 
         rank = a.shape[0]
         alpha = float(_of_pattern(c.get("alpha_pattern"), module, c["lora_alpha"]))
         scale = alpha / math.sqrt(rank) if c.get("use_rslora") else alpha / rank
-        itemsize = 2 if a.dtype == b.dtype == "BF16" else 4
+        as_stored = "bfloat16" if a.dtype == b.dtype == "BF16" else "float32"
+        itemsize = 2 if (as_stored if dtype == "auto" else dtype) == "bfloat16" else 4
         modules.append(Lora(module, pair["A"], pair["B"], rank, a.shape[1], b.shape[0], scale, itemsize))
     if problems:
         raise CheckpointError("; ".join(_at_most(problems)))

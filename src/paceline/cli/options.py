@@ -48,7 +48,12 @@ ENGINE: dict[str, tuple[Any, tuple[str, ...], str]] = {
         ("--use", "-u"),
         "A technique, as area/name:key=value,...; no:area/name switches a default off. Repeatable.",
     ),
-    "adapters": (list[str], ("--adapter",), "A LoRA adapter loaded at start, as name=folder (PEFT). Repeatable."),
+    "adapters": (
+        list[str],
+        ("--adapter",),
+        "A LoRA adapter loaded at start, as name=folder (PEFT). Repeatable; run and chat use the first.",
+    ),
+    "adapter_dtype": (str, ("--adapter-dtype",), "How adapters are kept: auto (as stored), float32, bfloat16."),
     "adapter_memory": (
         str | None,
         ("--adapter-memory",),

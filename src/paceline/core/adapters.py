@@ -16,6 +16,7 @@ from paceline.core.errors import RequestError
 
 MAX_ADAPTERS = 1024
 MAX_NAME = 128
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,6 +47,7 @@ class EngineConfig:
     isa: str | None = None
     use: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()  # name=path of each that is loaded at start
+    adapter_dtype: str = "auto"  # auto (as stored; float16 becomes float32), float32, bfloat16
     adapter_memory: int | None = None  # bytes for adapters, those loaded later included; None: what `adapters` take
     seed: int | None = None
     offline: bool | None = None
@@ -72,6 +73,8 @@ class EngineConfig:
             if getattr(self, name) not in ("auto", *known):
                 out.append(f"{name} = {getattr(self, name)!r}: must be auto, {', '.join(known)}")
         out += adapters.problems(self.adapters)
+        if self.adapter_dtype not in adapters.DTYPES:
+            out.append(f"adapter_dtype = {self.adapter_dtype!r}: must be {', '.join(adapters.DTYPES)}")
         if self.backend not in ("auto", "native", "reference", "torch"):
             out.append(f"backend = {self.backend!r}: must be auto, native, reference or torch")
         return out

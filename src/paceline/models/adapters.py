@@ -70,18 +70,18 @@ def _problem(m: Lora, known: Mapping[str, Place]) -> str | None:
     return None
 
 
-def size(path: str | Path, config: ModelConfig) -> int:
+def size(path: str | Path, config: ModelConfig, dtype: str = "auto") -> int:
     """Bytes of memory an adapter will take, known from its headers. Raises CheckpointError."""
-    folder = AdapterFolder(path)
+    folder = AdapterFolder(path, dtype)
     try:
         return check(folder, config)
     finally:
         folder.close()
 
 
-def load(name: str, path: str | Path, config: ModelConfig, ops: Ops, room: int) -> Adapter:
+def load(name: str, path: str | Path, room: int, *, config: ModelConfig, ops: Ops, dtype: str = "auto") -> Adapter:
     """Read an adapter for a model. Raises CheckpointError, and RequestError where it takes more than `room` bytes."""
-    folder = AdapterFolder(path)
+    folder = AdapterFolder(path, dtype)
     try:
         needed = check(folder, config)
         if needed > room:
