@@ -65,7 +65,9 @@ def test_numbers_are_kept_as_stored_or_as_asked(tmp_path: Path) -> None:
         arrays = tensors(Q, 4, D, D, stored)
         folder = AdapterFolder(write(tmp_path, arrays), dtype)
         a, b = folder.read(folder.modules[0])
-        assert a.dtype == b.dtype == kept and a.shape == (4, D) and b.shape == (D, 4)
+        assert a.dtype == b.dtype == kept
+        assert a.shape == (4, D)
+        assert b.shape == (D, 4)
         assert np.array_equal(a, arrays[f"base_model.model.{Q}.lora_A.weight"].astype(kept))
 
 
@@ -152,7 +154,9 @@ def test_tensors_that_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray],
         (tensors("model.embed_tokens", 4, 50, D), {"target_modules": ["embed_tokens"]}, "'embed_tokens' cannot be adapted"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_the_model(tmp_path: Path, arrays: dict[str, np.ndarray], config: dict[str, Any], text: str) -> None:
+def test_what_does_not_fit_the_model(
+    tmp_path: Path, arrays: dict[str, np.ndarray], config: dict[str, Any], text: str
+) -> None:
     with pytest.raises(CheckpointError, match=text):
         adapters.size(write(tmp_path, arrays, **config), BASE)
 

@@ -31,11 +31,23 @@ OLMO2 = {**CONFIG, "model_type": "olmo2"}
 PHI3 = {**CONFIG, "model_type": "phi3"}
 GPT2 = {"model_type": "gpt2", "n_embd": 40, "n_head": 4, "n_layer": 2, "vocab_size": 97, "n_positions": 128}
 MOE = {
-    **CONFIG, "model_type": "qwen3_moe", "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2,
-}  # fmt: skip
+    **CONFIG,
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 24,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+}
 FAMILIES = {
-    "llama": CONFIG, "qwen2": QWEN2, "qwen3": QWEN3, "gemma2": GEMMA2, "olmo2": OLMO2, "phi3": PHI3, "gpt2": GPT2, "qwen3_moe": MOE,
-}  # fmt: skip
+    "llama": CONFIG,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "gemma2": GEMMA2,
+    "olmo2": OLMO2,
+    "phi3": PHI3,
+    "gpt2": GPT2,
+    "qwen3_moe": MOE,
+}
 PROMPT = [int(t) for t in np.random.default_rng(3).integers(0, 97, 23)]
 
 
@@ -95,9 +107,17 @@ def mixed(n_tokens: int = 12, **params: Any) -> list[Request]:
     rng = np.random.default_rng(5)
     names = ["", "all", "qv", "odd"]
     return [
-        request(f"r{i}", rng.integers(0, 97, 3 + 5 * i).tolist(), adapter=names[i % 4], max_tokens=n_tokens, temperature=0.0, logprobs=0, **params)
+        request(
+            f"r{i}",
+            rng.integers(0, 97, 3 + 5 * i).tolist(),
+            adapter=names[i % 4],
+            max_tokens=n_tokens,
+            temperature=0.0,
+            logprobs=0,
+            **params,
+        )
         for i in range(12)
-    ]  # fmt: skip
+    ]
 
 
 def told(outputs: dict[str, Output]) -> dict[str, Any]:
@@ -171,12 +191,16 @@ def test_equal_adapters_share_prefixes_and_others_of_one_name_do_not(model: Any,
 def test_several_completions_and_forks(model: Any, folders: dict[str, Path]) -> None:
     engine = tiny_engine(model, adapters=folders)
     many = run_all(engine, [request("n", PROMPT, adapter="odd", n=3, max_tokens=6, seed=4, logprobs=0)])
-    again = run_all(tiny_engine(model, adapters=folders, radix=False), [request("n", PROMPT, adapter="odd", n=3, max_tokens=6, seed=4, logprobs=0)])  # fmt: skip
+    again = run_all(
+        tiny_engine(model, adapters=folders, radix=False),
+        [request("n", PROMPT, adapter="odd", n=3, max_tokens=6, seed=4, logprobs=0)],
+    )
     assert told(many) == told(again)
     parked = replace(request("p", PROMPT, adapter="all", max_tokens=1, temperature=0.0), park=True)
     seq = run_all(engine, [parked])["p"].sequences[0]
     fork = engine.fork(seq)
-    assert fork is not None and fork.adapter is seq.adapter
+    assert fork is not None
+    assert fork.adapter is seq.adapter
     for adapter, shared in (("all", True), ("odd", False), ("", False)):
         r = request(f"c{adapter}", seq.tokens, adapter=adapter, max_tokens=5, temperature=0.0, logprobs=0)
         cold = told(run_all(tiny_engine(model, adapters=folders, radix=False), [r]))
@@ -209,7 +233,9 @@ def test_unknown_names_are_refused(model: Any, folders: dict[str, Path]) -> None
     with pytest.raises(RequestError, match="is not loaded"):
         engine.unload_adapter("nobody")
     with pytest.raises(RequestError, match="without a reader"):
-        Engine(model, engine.runner.cache, engine.runner.parts, engine.runner.scheduler.limits, engine.serving).load_adapter("a", folders["qv"])  # fmt: skip
+        Engine(
+            model, engine.runner.cache, engine.runner.parts, engine.runner.scheduler.limits, engine.serving
+        ).load_adapter("a", folders["qv"])
     assert not engine.has_work
 
 
@@ -238,9 +264,10 @@ def test_memory_is_bounded_and_comes_back(model: Any, folders: dict[str, Path]) 
     with pytest.raises(RequestError, match="adapter_memory"):
         engine.load_adapter("qv", folders["qv"])
     assert list(engine.adapters.loaded) == ["all"]
-    run_all(engine, [request("r", PROMPT, adapter="all", max_tokens=2)])
+    output = run_all(engine, [request("r", PROMPT, adapter="all", max_tokens=2)])
     engine.unload_adapter("all")
     gc.collect()
+    assert output["r"].sequences
     assert engine.adapters.n_bytes == 0
     engine.load_adapter("qv", folders["qv"])
 

@@ -333,6 +333,7 @@ class Engine:
                 scheduler.park(seq)
             return
         scheduler.remove(seq)
+        seq.adapter = None  # outputs are kept by who asked; an adapter that was unloaded is not
 
     def _retire(self, live: _Live) -> None:
         for seq in live.seqs:

@@ -76,7 +76,7 @@ class Sequence:
     error: str | None = None
     plain: bool = False  # only its next tokens are asked for: no pooling, no logprobs of the prompt
     adapter: Adapter | None = None
-    salt: str = ""  # the request's, and what the adapter computes: states are shared within it
+    salt: str = field(init=False)  # the request's, and what the adapter computes: states are shared within it
 
     def __post_init__(self) -> None:
         request = self.request
