@@ -9,6 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from paceline import models
 from paceline.checkpoints.adapter import CONFIG, WEIGHTS, AdapterFolder
@@ -188,3 +190,35 @@ def test_files_that_are_missing_or_pickled(tmp_path: Path) -> None:
 def test_names_of_a_target_list_may_be_paths_or_an_expression(tmp_path: Path) -> None:
     for targets in ("all-linear", [Q, "mlp.down_proj"], ["down_proj"], None):
         assert adapters.size(write(tmp_path, GOOD, target_modules=targets), BASE) > 0
+
+
+NAMES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "bias", "init_lora_weights", "use_rslora", "use_dora",
+         "modules_to_save", "lora_dropout", "other")  # fmt: skip
+PLAIN = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.just(10**400)
+    | st.just("x" * 10**5)
+)
+JSON = st.recursive(
+    PLAIN,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(config=st.dictionaries(st.sampled_from(NAMES), JSON, max_size=4))
+def test_any_config_loads_or_is_refused_in_few_words(tmp_path: Path, config: dict[str, Any]) -> None:
+    said, n_modules = "", 2
+    try:
+        folder = AdapterFolder(write(tmp_path, GOOD, **config))
+        n_modules = len(folder.modules)
+        folder.close()
+    except CheckpointError as e:
+        said = str(e)
+    assert n_modules == 2
+    assert len(said) < 4000

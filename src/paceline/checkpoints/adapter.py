@@ -119,12 +119,12 @@ class AdapterFolder:
 
 def _config_problems(c: Mapping[str, Any]) -> Iterator[str]:
     if c.get("peft_type") != "LORA":
-        yield f"peft_type = {c.get('peft_type')!r}: only LORA adapters can be loaded"
+        yield f"peft_type = {_shown(c.get('peft_type'))}: only LORA adapters can be loaded"
         return
     if not _is_rank(c.get("r")):
-        yield f"r = {c.get('r')!r}: must be an integer from 1 to {MAX_RANK}"
+        yield f"r = {_shown(c.get('r'))}: must be an integer from 1 to {MAX_RANK}"
     if not _is_alpha(c.get("lora_alpha")):
-        yield f"lora_alpha = {c.get('lora_alpha')!r}: must be a number"
+        yield f"lora_alpha = {_shown(c.get('lora_alpha'))}: must be a number"
     for name, good, what in (
         ("rank_pattern", _is_rank, f"ranks from 1 to {MAX_RANK}"),
         ("alpha_pattern", _is_alpha, "numbers"),
@@ -137,17 +137,17 @@ def _config_problems(c: Mapping[str, Any]) -> Iterator[str]:
             if odd:
                 yield f"{name}: {odd[0][:80]!r} is an expression; write the ends of module names, such as layers.0.mlp.down_proj"
     if not isinstance(c.get("use_rslora", False), bool):
-        yield f"use_rslora = {c['use_rslora']!r}: must be true or false"
+        yield f"use_rslora = {_shown(c['use_rslora'])}: must be true or false"
     if c.get("bias", "none") != "none":
-        yield f"bias = {c['bias']!r}: trained biases cannot be loaded; train with bias='none', or merge the adapter into the model"
+        yield f"bias = {_shown(c['bias'])}: trained biases cannot be loaded; train with bias='none', or merge the adapter into the model"
     if c.get("init_lora_weights", True) not in _INITS:
         how = "convert the adapter to plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
-        yield f"init_lora_weights = {c['init_lora_weights']!r}: it changes the base model; {how}"
+        yield f"init_lora_weights = {_shown(c['init_lora_weights'])}: it changes the base model; {how}"
     for name, value in c.items():
         if name in _IGNORED or name in ("bias", "init_lora_weights") or value in (None, False, "", [], {}):
             continue
         why = _REFUSED.get(name, "this option is unknown here and may change what the adapter computes")
-        yield f"{name[:80]} = {str(value)[:80]}: {why}"
+        yield f"{name[:80]} = {_shown(value)}: {why}"
 
 
 def _is_rank(value: Any) -> bool:
@@ -155,7 +155,11 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e6
+    return type(value) in (int, float) and abs(value) < 1e6
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:80]
 
 
 def _targets(c: Mapping[str, Any]) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ def check(folder: AdapterFolder, config: ModelConfig) -> int:
     known = places(config)
     able = {module.rpartition(".")[2] for module in known}
     problems = [
-        f"target_modules: {t!r} cannot be adapted; {', '.join(sorted(able))} can"
+        f"target_modules: {t[:80]!r} cannot be adapted; {', '.join(sorted(able))} can"
         for t in folder.targets
         if t.rpartition(".")[2] not in able and not any(module.endswith(f".{t}") for module in known)
     ]
