@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from paceline.analysis.synthetic import random_adapter
+from paceline.assemble import native_isas
 from paceline.core.engine import Engine
 from paceline.core.errors import RequestError
 from paceline.core.types import GREEDY, Output, Request
@@ -153,6 +154,18 @@ def test_threads_do_not_matter(folders: dict[str, Path]) -> None:
         for n in (1, 2)
     )
     assert first == second
+
+
+@pytest.mark.parametrize("isa", native_isas())
+def test_every_instruction_set(isa: str, folders: dict[str, Path]) -> None:
+    from paceline.ops.native import NativeOps
+
+    for format in ("float32", "int4"):
+        model = tiny_model(NativeOps(isa, 2), format=format)
+        assert told(run_all(tiny_engine(model, adapters=folders, chunk=9), mixed(4))) == alone(model, folders, mixed(4))
+    model = tiny_model(NativeOps(isa, 2))
+    want = logits(tiny_engine(tiny_model(make_backend("reference"), merged=folders["odd"])), PROMPT)
+    assert np.abs(logits(tiny_engine(model, adapters=folders), PROMPT, "odd") - want).max() < 2e-4 * want.std()
 
 
 def test_preemption_and_replay(model: Any, folders: dict[str, Path]) -> None:
