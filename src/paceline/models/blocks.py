@@ -223,7 +223,7 @@ def mlp(m: Model, i: int, x: Array, batch: Any) -> Array:
 
 
 def moe(m: Model, i: int, x: Array, batch: Any) -> Array:
-    """Each row's best experts, weighted by the router."""
+    """Each row's best experts, weighted by the router. No adapters: `batch` is there as in `mlp`."""
     name, extra = f"layers.{i}.moe", m.config.extra
     experts = Experts(
         gate_up=[m.matrix(f"{name}.{e}.gate_up") for e in range(extra["n_experts"])],
