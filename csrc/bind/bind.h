@@ -33,13 +33,22 @@ struct Buffer {
 size_t size_of(Dtype);
 Dtype dtype_named(const std::string& name);  // std::invalid_argument
 
+// An adapter with the owners of its arrays.
+struct BoundAdapter {
+  Adapter adapter{};
+  std::vector<AdapterSite> sites;
+  std::vector<std::vector<AdapterPart>> parts;
+  std::vector<AnyIn> owners;
+};
+
 // A step with the owners of its arrays.
 struct BoundStep {
   Step step{};
   std::vector<GroupStep> groups;
   std::vector<std::vector<void*>> pools;
-  std::vector<nb::object> owners;  // one (Pools, slots, tables, lens) per group
+  std::vector<nb::object> owners;  // one (Pools, slots, tables, lens) per group, then the adapters
   std::vector<nb::ndarray<>> arrays;
+  std::vector<const Adapter*> adapters;
 };
 
 // Packed weights with the owners of their arrays.
@@ -54,6 +63,7 @@ Weight checked_weight(const std::string& format, int64_t n_out, int64_t n_in, in
                       std::optional<size_t> min_bytes, std::optional<size_t> factor_bytes);
 
 void bind_buffer(nb::module_&);
+void bind_adapter(nb::module_&);
 void bind_step(nb::module_&);
 void bind_program(nb::module_&);
 void bind_device(nb::module_&);

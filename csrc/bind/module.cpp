@@ -5,6 +5,7 @@ NB_MODULE(_native, m) {
   m.doc() = "Paceline's native core; see csrc/README.md.";
   paceline::bind_buffer(m);
   paceline::bind_device(m);
+  paceline::bind_adapter(m);
   paceline::bind_step(m);
   paceline::bind_program(m);
 }

@@ -210,6 +210,27 @@ void attention(BoundProgram& p, Ref out, Ref q, Ref k, Ref v, int32_t layer, int
   });
 }
 
+void check_adapters(const Step& s, const AdaptArgs& a) {
+  for (int32_t i = 0; i < s.n_adapters; ++i) {
+    need(a.site < s.adapters[i]->n_sites, "adapt: the adapter lacks this site");
+    const AdapterSite& site = s.adapters[i]->sites[a.site];
+    need(site.n_parts == 0 || site.k == a.x.cols, "adapt: x has other columns than a");
+    for (int64_t p = 0; p < site.n_parts; ++p) need(site.parts[p].col + site.parts[p].n <= a.y.cols, "adapt: a part lies beyond the columns of y");
+  }
+}
+
+void adapt(BoundProgram& p, Ref out, Ref y, Ref x, int64_t site) {
+  need(out.slot == y.slot && out.base == y.base && out.col == y.col && out.cols == y.cols && !y.wanted && !x.wanted && site >= 0, "adapt: changes all rows of y in place");
+  const auto kernel = p.need(p.device->kernels.adapt, "adapt");
+  p.batched = true;
+  p.add("adapt", out, [=](const Ctx& c, const Frame& f) {
+    const AdaptArgs a{f.mat(x), f.mat(y), site};
+    if (!c.step->adapter_of) return;
+    check_adapters(*c.step, a);
+    kernel(c, a);
+  });
+}
+
 void moe(BoundProgram& p, Ref out, Ref x, Ref router, const std::vector<nb::object>& gate_up, const std::vector<nb::object>& down,
          int32_t n_active, const std::string& kind, bool normalise) {
   std::vector<Weight> up, dn;
@@ -364,7 +385,7 @@ void bind_program(nb::module_& m) {
       .def("layer_norm", &layer_norm, arg(), arg(), arg().noconvert(), arg().noconvert().none(), arg())
       .def("rope", &rope, arg(), arg(), arg().noconvert(), arg().noconvert(), arg(), arg(), arg())
       .def("act", &act).def("gated", &gated).def("add", &add).def("scale", &scale).def("softcap", &softcap)
-      .def("wanted", &wanted).def("copy", &copy).def("attention", &attention).def("moe", &moe);
+      .def("adapt", &adapt).def("wanted", &wanted).def("copy", &copy).def("attention", &attention).def("moe", &moe);
 }
 
 }  // namespace paceline

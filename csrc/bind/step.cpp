@@ -101,8 +101,23 @@ void check_layers(const BoundStep& b) {
     }
 }
 
+void add_adapters(BoundStep* self, const nb::list& adapters, const Ids& adapter_of) {
+  Step& s = self->step;
+  for (const nb::handle item : adapters) {
+    if (!nb::isinstance<BoundAdapter>(item)) throw nb::type_error("adapters: must be what Adapter() gave");
+    self->adapters.push_back(&nb::cast<const BoundAdapter&>(item).adapter);
+    self->owners.push_back(nb::borrow(item));
+  }
+  s.adapters = self->adapters.data(), s.n_adapters = static_cast<int32_t>(self->adapters.size()), s.adapter_of = adapter_of.data();
+  if (static_cast<int64_t>(adapter_of.shape(0)) != s.n_seqs) fail("adapter_of: one for each sequence");
+  for (int64_t q = 0; q < s.n_seqs; ++q)
+    if (s.adapter_of[q] < -1 || s.adapter_of[q] >= s.n_adapters) fail("adapter_of: adapter " + std::to_string(s.adapter_of[q]) + " does not exist");
+  self->arrays.emplace_back(adapter_of.handle());
+}
+
 void init_step(BoundStep* self, const Ids& tokens, const Ids& positions, const Ids& cu_rows, const Ids& want, const nb::list& groups,
-               const Ids& cu_layer, const In<int32_t, 2>& layer_at, const std::optional<In<uint64_t, 1>>& mask, const std::optional<Ids>& tail) {
+               const Ids& cu_layer, const In<int32_t, 2>& layer_at, const std::optional<In<uint64_t, 1>>& mask, const std::optional<Ids>& tail,
+               const nb::list& adapters, const std::optional<Ids>& adapter_of) {
   new (self) BoundStep();
   Step& s = self->step;
   s.n_rows = static_cast<int64_t>(tokens.shape(0)), s.n_seqs = static_cast<int64_t>(cu_rows.shape(0)) - 1;
@@ -122,6 +137,7 @@ void init_step(BoundStep* self, const Ids& tokens, const Ids& positions, const I
     s.mask = mask->data(), s.tail = tail->data();
     self->arrays.emplace_back(mask->handle()), self->arrays.emplace_back(tail->handle());
   }
+  if (adapter_of) add_adapters(self, adapters, *adapter_of);
   for (const Ids* a : {&tokens, &positions, &cu_rows, &want, &cu_layer}) self->arrays.emplace_back(a->handle());
   self->arrays.emplace_back(layer_at.handle());
 }
@@ -134,7 +150,7 @@ void bind_step(nb::module_& m) {
   nb::class_<BoundStep>(m, "Step", "A Batch bound to native pointers; keeps its arrays alive. ValueError where they contradict each other.")
       .def("__init__", &init_step, nb::arg("tokens").noconvert(), nb::arg("positions").noconvert(), nb::arg("cu_rows").noconvert(),
            nb::arg("want").noconvert(), nb::arg("groups"), nb::arg("cu_layer").noconvert(), nb::arg("layer_at").noconvert(),
-           nb::arg("mask").noconvert().none(), nb::arg("tail").noconvert().none())
+           nb::arg("mask").noconvert().none(), nb::arg("tail").noconvert().none(), nb::arg("adapters"), nb::arg("adapter_of").noconvert().none())
       .def_prop_ro("n_rows", [](const BoundStep& b) { return b.step.n_rows; });
 }
 

@@ -52,6 +52,9 @@ class Device:
 class Pools:
     def __init__(self, k: list[np.ndarray], v: list[np.ndarray], heads: list[int], dtype: str) -> None: ...
 
+class Adapter:
+    def __init__(self, sites: list[tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, int, int]]]]) -> None: ...
+
 class Step:
     n_rows: int
     def __init__(
@@ -65,6 +68,8 @@ class Step:
         layer_at: np.ndarray,
         mask: np.ndarray | None,
         tail: np.ndarray | None,
+        adapters: list[Adapter],
+        adapter_of: np.ndarray | None,
     ) -> None: ...
 
 class Ref:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from paceline.checkpoints import open_checkpoint
 from paceline.checkpoints.base import Checkpoint
 from paceline.checkpoints.detokenize import Detokenizer, StopScanner
 from paceline.checkpoints.tokenizer import Tokenizer
+from paceline.core import adapters as names
+from paceline.core.adapters import Adapters
 from paceline.core.clock import Clock
 from paceline.core.config import EngineConfig, Machine, ModelFacts, Plan, describe, problems_without_model, resolve
 from paceline.core.engine import Engine, Serving
@@ -28,7 +31,7 @@ from paceline.core.recipe import Recipe
 from paceline.core.runner import Parts
 from paceline.core.tiers import Tiers
 from paceline.core.types import SamplingParams
-from paceline.models import loader
+from paceline.models import adapters, loader
 from paceline.models.base import Model, ModelConfig
 from paceline.ops import Ops
 
@@ -112,6 +115,9 @@ def inspect(model: str | Path | Checkpoint | None, config: EngineConfig, progres
         dtype=sizes.dtype,
         notes=tuple(getattr(checkpoint, "notes", ())),
         digest=checkpoint.digest(),
+        adapter_bytes=sum(
+            adapters.size(path, model_config, config.adapter_dtype) for _, path in map(names.parse, config.adapters)
+        ),
     )
     plan = resolve(config, facts, here, techniques.get, default_use())
     return Inspected(checkpoint, model_config, formats, tokenizer, plan)
@@ -202,7 +208,11 @@ def assemble(
     capacity = min(plan.context, (plan.n_pages - 1) * plan.page_size)
     serving = Serving(seen.config.n_vocab, capacity, eos, "the context" if capacity == plan.context else "the KV cache")
     text: dict[str, Any] = {} if tokenizer is None else {"text": lambda p: StreamText(tokenizer, p)}
-    engine = Engine(net, cache, parts, plan.limits, serving, clock=clock, **text)
+    read = functools.partial(adapters.load, config=seen.config, ops=ops, dtype=config.adapter_dtype)
+    loaded = Adapters(read, plan.adapter_bytes)
+    engine = Engine(net, cache, parts, plan.limits, serving, clock=clock, adapters=loaded, **text)
+    for name, path in map(names.parse, config.adapters):
+        engine.load_adapter(name, path)
     return Assembled(seen, net, engine)
 
 

@@ -62,20 +62,25 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         park: bool = False,
+        adapter: str = "",
     ) -> list[Output]:
         """Complete one prompt (text or token ids) or many; outputs in the order of the prompts.
 
         All requests are checked before any runs. park keeps the state of each, to be continued by `branch(output)`.
+        adapter: the name of a loaded adapter (`load_adapter`), for all of them.
         """
         many = _as_list(prompts)
         each = list(params) if isinstance(params, Sequence) else [params or self.default_params()] * len(many)
         if len(each) != len(many):
             raise RequestError(f"params: {len(each)} given for {len(many)} prompts; give one, or one for each")
-        return self._run([self._request(p, s, park=park) for p, s in zip(many, each, strict=True)], many)
+        requests = [self._request(p, s, park=park, adapter=adapter) for p, s in zip(many, each, strict=True)]
+        return self._run(requests, many)
 
-    def stream(self, prompt: Prompt | Branch, params: SamplingParams | None = None) -> Generator[Delta, None, Output]:
+    def stream(
+        self, prompt: Prompt | Branch, params: SamplingParams | None = None, *, adapter: str = ""
+    ) -> Generator[Delta, None, Output]:
         """The pieces of one answer as they come; the generator's return value is the whole output. Closing it aborts."""
-        request = self._request(prompt, params or self.default_params())
+        request = self._request(prompt, params or self.default_params(), adapter=adapter)
         self._add(request, prompt)
         try:
             while True:
@@ -105,11 +110,11 @@ class LLM:
 
     # ---- numbers
 
-    def score(self, prompts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
+    def score(self, prompts: Prompt | Sequence[Prompt], *, adapter: str = "") -> list[np.ndarray]:
         """Log-probability (natural) of every token after the first, float64 (n_tokens - 1,), for each prompt."""
         params = SamplingParams(temperature=0.0, prompt_logprobs=0)
         many = _as_list(prompts)
-        outputs = self._run([self._request(p, params, generate=False) for p in many], many)
+        outputs = self._run([self._request(p, params, generate=False, adapter=adapter) for p in many], many)
         return [np.array([lp.logprob for lp in (o.prompt_logprobs or []) if lp is not None]) for o in outputs]
 
     def embed(self, prompts: Prompt | Sequence[Prompt], pool: Literal["mean", "last"] = "mean") -> np.ndarray:
@@ -122,9 +127,9 @@ class LLM:
         rows = [o.sequences[0].pooled / (len(o.prompt_token_ids) if pool == "mean" else 1) for o in outputs]
         return np.array(rows, np.float32)
 
-    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+    def logits(self, tokens: Sequence[int], *, adapter: str = "") -> np.ndarray:
         """Logits after every token, float32 (n_tokens, n_vocab)."""
-        request = replace(self._request(tokens, GREEDY, generate=False), pool="logits")
+        request = replace(self._request(tokens, GREEDY, generate=False, adapter=adapter), pool="logits")
         return np.concatenate(self._run([request], [tokens])[0].sequences[0].rows)
 
     # ---- branches
@@ -153,11 +158,21 @@ class LLM:
             self.engine.runner.scheduler.remove(branch.sequence)
             branch.sequence = None
 
+    # ---- adapters
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Load a LoRA adapter (a PEFT folder) beside the model, for requests to name. Raises RequestError, CheckpointError."""
+        self.engine.load_adapter(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """New requests cannot name it any more; those being served keep it."""
+        self.engine.unload_adapter(name)
+
     # ---- the rest
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> str:
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str = "") -> str:
         """Queue a request for whoever drives `engine.step` himself; its id."""
-        request = self._request(prompt, params or self.default_params())
+        request = self._request(prompt, params or self.default_params(), adapter=adapter)
         self._add(request, prompt)
         return request.id
 
@@ -190,11 +205,14 @@ class LLM:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _request(self, prompt: Any, params: SamplingParams, *, generate: bool = True, park: bool = False) -> Request:
+    def _request(
+        self, prompt: Any, params: SamplingParams, *, generate: bool = True, park: bool = False, adapter: str = ""
+    ) -> Request:
         self._n_requests += 1
         tokens = prompt.tokens if isinstance(prompt, Branch) else self.tokens(prompt)
         now = self.engine.clock.now()
-        return Request(f"r{self._n_requests}", tuple(tokens), params, generate=generate, park=park, arrival=now)
+        name = f"r{self._n_requests}"
+        return Request(name, tuple(tokens), params, generate=generate, park=park, arrival=now, adapter=adapter)
 
     def _add(self, request: Request, prompt: Any) -> None:
         self.engine.add(request, prompt.sequence if isinstance(prompt, Branch) else None)
@@ -223,7 +241,7 @@ def make_config(base: EngineConfig, options: Mapping[str, Any]) -> EngineConfig:
     unknown = sorted(set(options) - known)
     if unknown:
         raise ConfigError([f"option {name!r} is unknown; there are {', '.join(sorted(known))}" for name in unknown])
-    changes: dict[str, Any] = {k: tuple(v) if k == "use" else v for k, v in options.items()}
+    changes: dict[str, Any] = {k: tuple(v) if k in ("use", "adapters") else v for k, v in options.items()}
     return replace(base, **changes)
 
 
@@ -265,12 +283,14 @@ class AsyncLLM:
         self._thread = threading.Thread(target=self._serve, name="paceline-engine", daemon=True)
         self._thread.start()
 
-    async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Delta]:
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str = ""
+    ) -> AsyncIterator[Delta]:
         """The pieces of one answer as they come. Raises RequestError before anything is computed."""
         with self._lock:
             if self._closed:
                 raise PacelineError("the engine is closed")
-            request = self.llm._request(prompt, params or self.llm.default_params())
+            request = self.llm._request(prompt, params or self.llm.default_params(), adapter=adapter)
         queue: asyncio.Queue[Any] = asyncio.Queue()
         self._streams[request.id] = (asyncio.get_running_loop(), queue)
         self._send("add", request)

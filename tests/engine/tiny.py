@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from paceline.analysis.synthetic import RandomCheckpoint
+from paceline.checkpoints.adapter import AdapterFolder
+from paceline.core.adapters import Adapters
 from paceline.core.engine import Engine, Serving
 from paceline.core.kvcache import KVCache, make_groups
 from paceline.core.runner import Parts
@@ -19,6 +22,7 @@ from paceline.core.tier import Tier
 from paceline.core.tiers import Tiers
 from paceline.core.types import Output, Request, SamplingParams
 from paceline.models import loader
+from paceline.models.adapters import load
 from paceline.techniques.serving.radix import RadixIndex
 
 CONFIG: dict[str, Any] = {
@@ -40,11 +44,31 @@ class Tiny(RandomCheckpoint):
         return (rng.standard_normal(w.shape) * (1.5 / np.sqrt(w.shape[1]))).astype(np.float32)
 
 
-def tiny_model(ops: Any, config: dict[str, Any] = CONFIG, format: str = "float32", context: int = 512) -> Any:
+class Merged(Tiny):
+    """The weights with an adapter merged into them."""
+
+    def __init__(self, shape: str, adapter: Path):
+        super().__init__(shape)
+        self.adapter = AdapterFolder(adapter)
+
+    def read(self, name: str) -> np.ndarray:
+        w = super().read(name)
+        transposed = next(p.transpose for p in self._params.values() if name in p.sources)
+        for m in self.adapter.modules:
+            if name == f"{m.module}.weight":
+                a, b = (x.astype(np.float64) for x in self.adapter.read(m))
+                w = (w + m.scale * ((b @ a).T if transposed else b @ a)).astype(np.float32)
+        return w
+
+
+def tiny_model(
+    ops: Any, config: dict[str, Any] = CONFIG, format: str = "float32", context: int = 512, merged: Path | None = None
+) -> Any:
+    """merged: an adapter's folder, whose updates are added to the weights."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(config))
-        checkpoint = Tiny(str(path))
+        checkpoint = Tiny(str(path)) if merged is None else Merged(str(path), merged)
     return loader.load(checkpoint, ops, format=loader.FormatChoice.parse(format), context=context)
 
 
@@ -63,6 +87,8 @@ def tiny_engine(
     eos: frozenset[int] = frozenset(),
     tiers: Sequence[Tier] = (),
     identity: bytes = b"tiny",
+    adapters: Mapping[str, Path] | None = None,
+    adapter_memory: int = 1 << 30,
 ) -> Engine:
     cache = KVCache(make_groups(model.config.states, page_size, head_split), model.ops, kv_dtype, n_pages)
     parts = parts or Parts()
@@ -72,7 +98,11 @@ def tiny_engine(
         parts.tiers = parts.prefix.watcher = Tiers(cache, tiers, identity)
     limits = Limits(max_rows, max_seqs, chunk or max_rows, 16)
     capacity = min(model.context, (n_pages - 1) * page_size)
-    return Engine(model, cache, parts, limits, Serving(model.config.n_vocab, capacity, eos))
+    held = Adapters(functools.partial(load, config=model.config, ops=model.ops), adapter_memory)
+    engine = Engine(model, cache, parts, limits, Serving(model.config.n_vocab, capacity, eos), adapters=held)
+    for name, path in (adapters or {}).items():
+        engine.load_adapter(name, path)
+    return engine
 
 
 def run_all(engine: Engine, requests: list[Request], at: list[int] | None = None) -> dict[str, Output]:
@@ -89,5 +119,5 @@ def run_all(engine: Engine, requests: list[Request], at: list[int] | None = None
     return outputs
 
 
-def request(name: str, tokens: list[int], **params: Any) -> Request:
-    return Request(name, tuple(tokens), SamplingParams(**params))
+def request(name: str, tokens: list[int], *, adapter: str = "", **params: Any) -> Request:
+    return Request(name, tuple(tokens), SamplingParams(**params), adapter=adapter)

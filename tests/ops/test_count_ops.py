@@ -10,6 +10,7 @@ from paceline import models
 from paceline.core.kvcache import KVCache, make_groups
 from paceline.core.specs import KV, AttnSpec, Window
 from paceline.ops import RESCORED, Experts, Rope, formats
+from paceline.ops.adapters import LowRank
 from paceline.ops.count import ACT_FLOPS, Cost, CountOps, Shape, step
 from paceline.ops.packed import LANES
 
@@ -171,3 +172,19 @@ def test_a_cache_without_memory():
     cache = KVCache(groups, ops, "bfloat16", 1000)
     ops.move(cache.k[0][0], np.arange(3), np.arange(3))
     assert ops.ledger.total() == Cost(kv_read=3 * 8 * 128 * 2, kv_written=3 * 8 * 128 * 2)
+
+
+def test_adapters_are_charged_by_the_rows_that_have_them():
+    ops = CountOps()
+    a, b = np.zeros((4, D), np.float32), np.zeros((30, 4), np.float32)
+    sites = [[LowRank(a, b, 1.0), LowRank(a, b, 1.0, 30)]]
+    batch = step([KV(1, 8)], [3, 2, 5], [0, 0, 0])
+    y, x = Shape(10, 60), Shape(10, D)
+    assert ops.adapt(y, x, batch, 0) == y
+    assert not ops.ledger.entries
+    batch.adapters, batch.adapter_of = [ops.adapter(sites), ops.adapter([[]])], np.array([0, -1, 1], np.int32)
+    assert ops.adapt(y, x, batch, 0) == y
+    (entry,) = ops.ledger.entries
+    assert entry.cost.flops == 3 * 2 * (2 * 4 * (D + 30) + 4 + 30)
+    assert entry.cost.weights == 2 * (a.nbytes + b.nbytes)
+    assert (entry.cost.read, entry.cost.written) == (4 * (3 * 60 + 8 * D), 4 * 3 * 60)

@@ -326,7 +326,14 @@ def test_wishes_of_a_request_reach_the_engine(server: Served) -> None:
     server.supervisor.submit = spy
     try:
         with server.client() as c:
-            body = {"prompt": "x", "max_tokens": 1, "priority": 3, "cache_salt": "s", "ttft_target": 0.5, "tpot_target": 0.1}
+            body = {
+                "prompt": "x",
+                "max_tokens": 1,
+                "priority": 3,
+                "cache_salt": "s",
+                "ttft_target": 0.5,
+                "tpot_target": 0.1,
+            }
             assert c.post("/v1/completions", json=body).status_code == 200
             assert c.post("/v1/completions", json={**body, "ttft_target": 0}).status_code == 400
             assert c.post("/v1/completions", json={**body, "priority": -1}).status_code == 400

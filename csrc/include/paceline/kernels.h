@@ -51,6 +51,11 @@ struct LayerAt {         // where one layer's KV lives: groups[group], pools k[a
   int32_t group, at;
 };
 
+// An adapter in the layout of kernels/adapt.cpp: one entry per site of the model, of rank 0 where it has nothing.
+struct AdapterPart { const void* b; int64_t first, rank, col, n; };  // rows [first, first + rank) of h to columns [col, col + n) of y
+struct AdapterSite { const void* a; const float* scale; int64_t rank, k; bool bf16; int64_t n_parts; const AdapterPart* parts; };
+struct Adapter { int64_t n_sites; const AdapterSite* sites; };
+
 struct Step {
   int64_t n_rows, n_seqs, n_want, n_groups, n_layers;
   const int32_t *tokens, *positions, *cu_rows, *want;
@@ -59,6 +64,9 @@ struct Step {
   const LayerAt* layer_at;
   const uint64_t* mask;     // (n_rows) or null: causal
   const int32_t* tail;      // (n_seqs), with mask
+  int32_t n_adapters;
+  const Adapter* const* adapters;
+  const int32_t* adapter_of;  // (n_seqs) into adapters, -1: none; or null: nobody has one
 };
 
 // ---- threads and memory ----
@@ -117,6 +125,8 @@ struct ScaleArgs { Mat x, out; float s; };
 struct SoftcapArgs { Mat x, out; float cap; };
 struct GatherArgs { Mat x, out; const int32_t* rows; int64_t n; };  // out row i = x row rows[i], i < n (n replaces n_rows)
 
+struct AdaptArgs { Mat x, y; int64_t site; };  // y is changed in place; rows without an adapter are not
+
 struct AttentionArgs {
   Mat q, k, v, out;
   int32_t layer, n_heads, n_kv_heads, dim;
@@ -166,6 +176,7 @@ struct Kernels {
   void (*scale)(const Ctx&, const ScaleArgs&);
   void (*softcap)(const Ctx&, const SoftcapArgs&);
   void (*gather)(const Ctx&, const GatherArgs&);
+  void (*adapt)(const Ctx&, const AdaptArgs&);
   void (*attention)(const Ctx&, const AttentionArgs&);
   void (*move)(const Ctx&, const MoveArgs&);
   void (*moe)(const Ctx&, const MoeArgs&);

@@ -14,7 +14,9 @@ import numpy as np
 from paceline import models
 from paceline.checkpoints.base import TensorInfo
 from paceline.checkpoints.files import sampled_digest
+from paceline.checkpoints.safetensors import save_safetensors
 from paceline.core.errors import ConfigError
+from paceline.models import adapters
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -79,3 +81,27 @@ class RandomCheckpoint:
 
     def close(self) -> None:
         pass
+
+
+def random_adapter(folder: Path, config: dict[str, Any], rank: int, seed: int = 0, **options: Any) -> Path:
+    """A PEFT folder that adapts every linear of the model by about a tenth of its size; `options` go into adapter_config.json.
+
+    With rank_pattern a module of such an end has its own rank; target_modules chooses modules by the end of their names.
+    """
+    rng = np.random.default_rng(seed)
+    places = adapters.places(models.read(config))
+    targets = options.get("target_modules") or sorted({module.rpartition(".")[2] for module in places})
+    tensors: dict[str, np.ndarray] = {}
+    for module, place in places.items():
+        name = module.rpartition(".")[2]
+        if name in targets:
+            r = options.get("rank_pattern", {}).get(name, rank)
+            key = f"base_model.model.{module}"
+            tensors[f"{key}.lora_A.weight"] = rng.standard_normal((r, place.n_in), np.float32)
+            b = rng.standard_normal((place.n_out, r), np.float32)
+            tensors[f"{key}.lora_B.weight"] = b * np.float32(0.1 / math.sqrt(r * place.n_in))
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, **options}
+    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    save_safetensors(folder / "adapter_model.safetensors", tensors)
+    return folder

@@ -13,7 +13,7 @@ import typer
 
 from paceline.cli import show
 from paceline.cli.options import engine_options
-from paceline.cli.run import sampling, summary
+from paceline.cli.run import first_adapter, sampling, summary
 from paceline.core.config import EngineConfig
 from paceline.core.errors import PacelineError, RequestError
 from paceline.core.types import Output, SamplingParams
@@ -51,7 +51,7 @@ class Conversation:
         self.messages.append({"role": "user", "content": text})
         answer: list[str] = []
         try:
-            pieces = self.llm.stream(self.llm.chat_prompt(self.history()), self.params)
+            pieces = self.llm.stream(self.llm.chat_prompt(self.history()), self.params, adapter=first_adapter(self.llm))
             while True:
                 try:
                     answer.append(next(pieces).text)

@@ -48,6 +48,17 @@ ENGINE: dict[str, tuple[Any, tuple[str, ...], str]] = {
         ("--use", "-u"),
         "A technique, as area/name:key=value,...; no:area/name switches a default off. Repeatable.",
     ),
+    "adapters": (
+        list[str],
+        ("--adapter",),
+        "A LoRA adapter loaded at start, as name=folder (PEFT). Repeatable; run and chat use the first.",
+    ),
+    "adapter_dtype": (str, ("--adapter-dtype",), "How adapters are kept: auto (as stored), float32, bfloat16."),
+    "adapter_memory": (
+        str | None,
+        ("--adapter-memory",),
+        "Memory for adapters, such as 512MiB, those loaded later included; default: what --adapter needs.",
+    ),
     "offline": (bool | None, ("--offline/--online",), "Never contact the hub (also HF_HUB_OFFLINE=1)."),
     "chat_template": (str | None, ("--chat-template",), "A Jinja file, or chatml, llama3, plain."),
 }
@@ -66,7 +77,8 @@ def engine_options(fn: Callable[..., Any]) -> Callable[..., Any]:
     )
     shared = [inspect.Parameter("model", inspect.Parameter.KEYWORD_ONLY, default=model, annotation=str | None)]
     for name, (kind, flags, text) in ENGINE.items():
-        value = list(defaults.use) if name == "use" else getattr(defaults, name)
+        value = getattr(defaults, name)
+        value = list(value) if isinstance(value, tuple) else value
         option = typer.Option(value, *flags, envvar=f"PACELINE_{name.upper()}", help=text, rich_help_panel="Engine")
         shared.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind))
     recipe = typer.Option(
@@ -79,7 +91,9 @@ def engine_options(fn: Callable[..., Any]) -> Callable[..., Any]:
         values = {name: kwargs.pop(name) for name in ENGINE}
         path = kwargs.pop("recipe")
         use = (*(Recipe.read(path).use if path else ()), *values.pop("use"))
-        values["kv_memory"] = size(values["kv_memory"], "kv_memory")
+        values["adapters"] = tuple(values["adapters"])
+        for name in ("kv_memory", "adapter_memory"):
+            values[name] = size(values[name], name)
         return fn(model=kwargs.pop("model"), config=EngineConfig(**values, use=use), **kwargs)
 
     keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]

@@ -89,6 +89,11 @@ def summary(output: Output) -> str:
     return " · ".join(parts)
 
 
+def first_adapter(llm: Any) -> str:
+    """The adapter of commands that answer one request: the first that was given."""
+    return next(iter(llm.engine.adapters.loaded), "")
+
+
 def register(app: typer.Typer) -> None:
     @app.command(rich_help_panel="Use a model")
     @engine_options
@@ -152,7 +157,7 @@ def register(app: typer.Typer) -> None:
             else:
                 tokens = asked
             if json:
-                output = llm.generate([tokens], params)[0]
+                output = llm.generate([tokens], params, adapter=first_adapter(llm))[0]
                 show.print_json(describe(output, llm.plan.model.name, params))
             else:
                 output = _stream(llm, tokens, params)
@@ -164,11 +169,11 @@ def register(app: typer.Typer) -> None:
 def _stream(llm: Any, tokens: Any, params: SamplingParams) -> Output:
     """Print the pieces as they come (several completions one after the other)."""
     if params.n > 1:
-        output: Output = llm.generate([tokens], params)[0]
+        output: Output = llm.generate([tokens], params, adapter=first_adapter(llm))[0]
         for c in output.completions:
             print(f"[{c.index}] {c.text}")
         return output
-    pieces = llm.stream(tokens, params)
+    pieces = llm.stream(tokens, params, adapter=first_adapter(llm))
     while True:
         try:
             sys.stdout.write(next(pieces).text)

@@ -47,6 +47,8 @@ class Batch:
                exactly when bit j is set (draft trees: ancestors and itself), in this order: the row computes what it would if
                its visible entries lay side by side. A window counts the visible entries, the row's own last. None: causal.
     tail:      int32 (n_seqs,) or None, given together with mask
+    adapters:  what `Ops.adapter` gave for the adapters of this step, each once
+    adapter_of: int32 (n_seqs,) into them, -1: none; None: no sequence has one
     """
 
     tokens: np.ndarray
@@ -57,6 +59,8 @@ class Batch:
     of_layer: list[list[int]]
     mask: np.ndarray | None = None
     tail: np.ndarray | None = None
+    adapters: list[Any] = field(default_factory=list)
+    adapter_of: np.ndarray | None = None
     taps: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import numpy as np
 
+from paceline.core.adapters import Adapter
 from paceline.core.batch import Batch, GroupBatch
 from paceline.core.kvcache import KVCache, SeqKV
 from paceline.core.scheduler import Share
@@ -37,7 +39,17 @@ def build(shares: Seq[Share], cache: KVCache, of_layer: list[list[int]]) -> Batc
     groups = [_group(shares, kvs, cache, g) for g in range(len(cache.groups))]
     mask, tail = _tree(shares, groups[0].lens, cu) if has_tree else (None, None)
     rows = np.array(tokens, np.int32), np.array(positions, np.int32)
-    return Batch(*rows, cu, wanted, groups, of_layer, mask, tail)
+    batch = Batch(*rows, cu, wanted, groups, of_layer, mask, tail)
+    if any(s.seq.adapter is not None for s in shares):
+        batch.adapters, batch.adapter_of = _adapters(shares)
+    return batch
+
+
+def _adapters(shares: Seq[Share]) -> tuple[list[Any], np.ndarray]:
+    """The weights of the step's adapters, each once, and which of them each sequence has (-1: none)."""
+    at: dict[Adapter, int] = {}
+    of = [-1 if s.seq.adapter is None else at.setdefault(s.seq.adapter, len(at)) for s in shares]
+    return [adapter.weights for adapter in at], np.array(of, np.int32)
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from paceline.core import entries
+from paceline.core import adapters, entries
 from paceline.core import recipe as recipes
 from paceline.core.errors import ConfigError, OutOfMemory
 from paceline.core.scheduler import Limits
@@ -46,6 +46,9 @@ class EngineConfig:
     backend: str = "auto"  # auto, native, reference, torch
     isa: str | None = None
     use: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()  # name=path of each that is loaded at start
+    adapter_dtype: str = "auto"  # auto (as stored; float16 becomes float32), float32, bfloat16
+    adapter_memory: int | None = None  # bytes for adapters, those loaded later included; None: what `adapters` take
     seed: int | None = None
     offline: bool | None = None
     chat_template: str | None = None
@@ -60,6 +63,7 @@ class EngineConfig:
 
         bounded("context", 1, 1 << 24)
         bounded("kv_memory", 1 << 16, 1 << 46)
+        bounded("adapter_memory", 0, 1 << 46)
         bounded("page_size", 1, 256)
         bounded("max_rows", 1, 1 << 16)
         bounded("max_seqs", 1, 4096)
@@ -68,6 +72,9 @@ class EngineConfig:
         for name, known in (("dtype", tuple(entries.FLOATS)), ("kv_dtype", entries.KINDS)):
             if getattr(self, name) not in ("auto", *known):
                 out.append(f"{name} = {getattr(self, name)!r}: must be auto, {', '.join(known)}")
+        out += adapters.problems(self.adapters)
+        if self.adapter_dtype not in adapters.DTYPES:
+            out.append(f"adapter_dtype = {self.adapter_dtype!r}: must be {', '.join(adapters.DTYPES)}")
         if self.backend not in ("auto", "native", "reference", "torch"):
             out.append(f"backend = {self.backend!r}: must be auto, native, reference or torch")
         return out
@@ -92,6 +99,7 @@ class ModelFacts:
     dtype: str  # of the unquantised weights as they will be kept
     notes: tuple[str, ...] = ()
     digest: str = ""  # of the weights
+    adapter_bytes: int = 0  # of the adapters loaded at start
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,7 @@ class Plan:
     techniques: tuple[Technique, ...] = ()
     notes: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+    adapter_bytes: int = 0  # kept for adapters
 
     @property
     def kv_bytes(self) -> int:
@@ -120,7 +129,7 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         fixed = activation_bytes(self.model, self.limits) + self.context * self.model.position_bytes + RUNTIME_BYTES
-        return self.model.weight_bytes + self.kv_bytes + fixed
+        return self.model.weight_bytes + self.adapter_bytes + self.kv_bytes + fixed
 
     def describe(self) -> dict[str, Any]:
         """Plain data for JSON and tables."""
@@ -139,6 +148,7 @@ class Plan:
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "kv_tokens": self.n_pages * self.page_size,
             "kv_bytes": self.kv_bytes,
+            "adapter_bytes": self.adapter_bytes,
             "peak_bytes": self.peak_bytes,
             "limits": asdict(self.limits),
             "techniques": [describe(t) for t in self.techniques],
@@ -186,12 +196,15 @@ def resolve(
     kv_dtype = config.kv_dtype if config.kv_dtype != "auto" else ("float32" if model.dtype == "float32" else "bfloat16")
     if config.context is not None and config.context > model.max_context:
         problems.append(f"context = {config.context}: the model's positions reach to {model.max_context}; ask for less")
+    adapter_bytes = model.adapter_bytes if config.adapter_memory is None else config.adapter_memory
+    if adapter_bytes < model.adapter_bytes:
+        problems.append(f"adapter_memory = {adapter_bytes}: the adapters to be loaded take {model.adapter_bytes} bytes")
     if problems:
         raise ConfigError(problems)
     per_token = kv_bytes_per_token(model.states, kv_dtype)
     max_wanted = max(16, min(config.max_rows, (64 << 20) // (4 * model.n_vocab)))
     limits = Limits(config.max_rows, config.max_seqs, config.chunk or config.max_rows, max_wanted)
-    context, n_pages, notes = _memory(config, model, machine, per_token, limits)
+    context, n_pages, notes = _memory(config, model, machine, per_token, limits, adapter_bytes)
     if backend == "reference" and config.backend == "auto":
         notes.append(
             "the native core is not built, so this runs on the slow reference ops (`paceline doctor` says how to mend it)"
@@ -211,6 +224,7 @@ def resolve(
         tuple(techniques),
         tuple(notes),
         dropped,
+        adapter_bytes,
     )
     refused = [f"`{t.name}`: {why}" for t in techniques if (why := t.why_not(plan)) is not None]
     if refused:
@@ -270,11 +284,11 @@ def _techniques(
 
 
 def _memory(
-    config: EngineConfig, model: ModelFacts, machine: Machine, per_token: int, limits: Limits
+    config: EngineConfig, model: ModelFacts, machine: Machine, per_token: int, limits: Limits, adapter_bytes: int
 ) -> tuple[int, int, list[str]]:
     """(context, pages, notes). The pool holds at least one full context and at most half of the memory left."""
     notes: list[str] = []
-    fixed = model.weight_bytes + activation_bytes(model, limits) + RUNTIME_BYTES
+    fixed = model.weight_bytes + adapter_bytes + activation_bytes(model, limits) + RUNTIME_BYTES
     left = machine.memory - fixed
     page_bytes = max(1, (per_token + model.position_bytes) * config.page_size)
     fits = max(0, (left if config.kv_memory is None else min(left, config.kv_memory)) // page_bytes) * config.page_size

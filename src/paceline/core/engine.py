@@ -9,9 +9,11 @@ import secrets
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from paceline.core import rng
+from paceline.core.adapters import Adapter, Adapters
 from paceline.core.clock import Clock, RealClock
 from paceline.core.errors import RequestError
 from paceline.core.kvcache import KVCache
@@ -89,6 +91,10 @@ class Serving:
         return problems
 
 
+def _no_reader(name: str, path: Path, room: int) -> Adapter:
+    raise RequestError(f"adapter = {name!r}: this engine was built without a reader of adapters")
+
+
 @dataclass
 class Stats:
     n_requests: int = 0
@@ -109,10 +115,12 @@ class Engine:
         serving: Serving,
         text: Callable[[SamplingParams], TextStream] = lambda params: NoText(),
         clock: Clock | None = None,
+        adapters: Adapters | None = None,
     ):
         self.clock = clock or RealClock()
         self.serving, self.text = serving, text
         self.runner = Runner(model, cache, parts, limits, serving.eos, self._append)
+        self.adapters = adapters or Adapters(_no_reader, 0)
         self.live: dict[str, _Live] = {}
         self.stats = Stats()
         self._unscheduled: list[_Live] = []  # those that have not begun to run
@@ -133,7 +141,8 @@ class Engine:
         now = self.clock.now()
         seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
         n = request.params.n if request.generate else 1
-        seqs = [self._sequence(request, i, rng.child_seed(seed, i)) for i in range(n)]
+        adapter = self.adapters.loaded[request.adapter] if request.adapter else None
+        seqs = [self._sequence(request, i, rng.child_seed(seed, i), adapter) for i in range(n)]
         streams = [self.text(request.params) for _ in seqs]
         live = _Live(request, seqs, streams, [[] for _ in seqs], now)
         self.live[request.id] = live
@@ -155,15 +164,18 @@ class Engine:
             if not seq.done:
                 self.runner.scheduler.add(seq)
 
-    def _sequence(self, request: Request, index: int, seed: int) -> Sequence:
+    def _sequence(self, request: Request, index: int, seed: int, adapter: Adapter | None) -> Sequence:
         self._ids += 1
         n_prompt = len(request.tokens)
         room = self.serving.capacity - n_prompt
         max_tokens = room if request.params.max_tokens is None else min(request.params.max_tokens, room)
-        return Sequence(self._ids, request, index, list(request.tokens), n_prompt, seed, n_prompt + max_tokens)
+        tokens, max_len = list(request.tokens), n_prompt + max_tokens
+        return Sequence(self._ids, request, index, tokens, n_prompt, seed, max_len, adapter=adapter)
 
     def _start(self, seq: Sequence, parent: Sequence | None) -> None:
-        if parent is None or parent.kv is None or parent.n_computed >= len(seq.tokens):
+        # the state of another adapter is another one
+        of_another = parent is not None and parent.adapter is not seq.adapter
+        if parent is None or parent.kv is None or parent.n_computed >= len(seq.tokens) or of_another:
             self.runner.scheduler.add(seq)
             return
         seq.kv = self.runner.cache.fork(parent.kv)
@@ -175,7 +187,7 @@ class Engine:
         """A parked sequence that shares this one's state (None: there is none to share)."""
         if seq is None:
             return None
-        child = self._sequence(seq.request, seq.index, seq.seed)
+        child = self._sequence(seq.request, seq.index, seq.seed, seq.adapter)
         child.tokens = list(seq.tokens)
         if seq.kv is not None:
             child.kv, child.n_computed = self.runner.cache.fork(seq.kv), seq.n_computed
@@ -185,6 +197,8 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raise RequestError naming everything wrong with a request."""
         problems = self.serving.problems(request)
+        if request.adapter and (problem := self.adapters.problem(request.adapter)) is not None:
+            problems.append(problem)
         if request.id in self.live:
             problems.append(f"id = {request.id!r}: a request of this id is being served")
         problems += self.runner.sampler.why_not(request.params)
@@ -207,6 +221,20 @@ class Engine:
             self.abort(request_id)
         if self.runner.parts.tiers is not None:
             self.runner.parts.tiers.close()
+
+    # ---- adapters
+
+    def load_adapter(self, name: str, path: str | Path) -> Adapter:
+        """Requests may name it from now on. Raises RequestError (name, memory) and CheckpointError (its files)."""
+        before = self.adapters.sites
+        adapter = self.adapters.load(name, path)
+        if self.adapters.sites != before:
+            self.runner.adapted = self.runner.model.adapted(self.adapters.sites)
+        return adapter
+
+    def unload_adapter(self, name: str) -> None:
+        """New requests cannot name it; those being served keep it to their end. Raises RequestError when it is not loaded."""
+        self.adapters.unload(name)
 
     # ---- steps
 
@@ -316,6 +344,7 @@ class Engine:
                 scheduler.park(seq)
             return
         scheduler.remove(seq)
+        seq.adapter = None  # outputs are kept by who asked; an adapter that was unloaded is not
 
     def _retire(self, live: _Live) -> None:
         for seq in live.seqs:

@@ -69,6 +69,7 @@ class Runner:
         self._page = cache.groups[0].page_size  # the prefix index takes whole pages
         self.n_steps = 0
         self._shares: list[Share] = []  # of the last step
+        self.adapted: Any = None  # the model's program for steps with adapters, once there are any
 
     def step(self, now: float) -> list[Sequence]:
         """Compute one step; the sequences that got tokens, ended or failed in it."""
@@ -80,7 +81,7 @@ class Runner:
         start = perf_counter()
         batch = build(shares, self.cache, self.of_layer)
         bound = self.ops.begin(batch)
-        program = self.model.program
+        program = self.model.program if batch.adapter_of is None else self.adapted
         if any(not s.seq.plain and s.seq.request.pool in ("mean", "last") for s in shares):
             hidden, logits = map(self.ops.numpy, program.hidden(bound))
             self._pool(shares, batch.cu_rows, hidden)
@@ -213,7 +214,7 @@ class Runner:
             policy.after_commit(seq, self.cache)
         kv, prefix = seq.kv, self.parts.prefix
         if prefix is not None and kv.lens[0] - kv.n_indexed >= self._page and seq.finish_reason != "error":
-            prefix.insert(seq.tokens, kv, seq.request.salt)
+            prefix.insert(seq.tokens, kv, seq.salt)
         if self.cache.has_windows:
             self.cache.trim(kv)
 

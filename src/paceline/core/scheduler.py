@@ -231,7 +231,7 @@ class Scheduler:
         size = self.cache.groups[0].page_size
         head = seq.tokens[:size]
         for other in self.running:
-            if not _is_behind(other) or other.tokens[:size] != head or other.request.salt != seq.request.salt:
+            if not _is_behind(other) or other.tokens[:size] != head or other.salt != seq.salt:
                 continue
             n = _n_common(other.tokens, seq.tokens) // size * size
             n = min(n, (len(seq.tokens) - 1) // size * size)
@@ -283,11 +283,11 @@ class Scheduler:
         if self.prefix is None or not self._reuses(seq):
             seq.kv = self.cache.new()
             return
-        n, pages = self.prefix.match(seq.tokens, seq.request.salt)
+        n, pages = self.prefix.match(seq.tokens, seq.salt)
         seq.kv = self.cache.adopt(pages, n)
         if self.tiers is not None and self.tiers.restore(seq):
             n = seq.kv.lens[0]
-            self.prefix.insert(seq.tokens, seq.kv, seq.request.salt)
+            self.prefix.insert(seq.tokens, seq.kv, seq.salt)
         seq.n_computed = n
         seq.n_cached = min(n, seq.n_prompt)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from paceline.core.adapters import Adapter
 from paceline.core.types import FinishReason, Request, SamplingParams, TokenLogprob
 
 
@@ -75,9 +76,12 @@ class Sequence:
     error: str | None = None
     leader: tuple[Sequence, int] | None = None  # while it waits: who is computing its first so many tokens
     plain: bool = False  # only its next tokens are asked for: no pooling, no logprobs of the prompt
+    adapter: Adapter | None = None
+    salt: str = field(init=False)  # the request's, and what the adapter computes: states are shared within it
 
     def __post_init__(self) -> None:
         request = self.request
+        self.salt = f"{self.adapter.digest}\0{request.salt}" if self.adapter else request.salt
         self.plain = request.generate and request.pool is None and request.params.prompt_logprobs is None
 
     @property

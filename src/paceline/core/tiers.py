@@ -221,7 +221,7 @@ class Tiers:
         return seconds / rows if rows else None
 
     def _chain(self, seq: Sequence) -> list[Link]:
-        return list(blocks.chain(self.space, seq.request.salt, seq.tokens[:-1], self.page_size))
+        return list(blocks.chain(self.space, seq.salt, seq.tokens[:-1], self.page_size))
 
     def _job(self, seq: Sequence) -> Job:
         """What is read for a sequence, from now on if it is not yet."""

@@ -164,11 +164,14 @@ class Request:
         None  # seconds to the first token, for policies that heed deadlines; None: the policy's own
     )
     tpot_target: float | None = None  # seconds per further token, likewise
+    adapter: str = ""  # the name of a loaded adapter; "": the plain model
 
     def __post_init__(self) -> None:
-        """Raise RequestError for a target that no clock can meet."""
+        """Raise RequestError for a target that no clock can meet, and for a salt that could be mistaken."""
         targets = {"ttft_target": self.ttft_target, "tpot_target": self.tpot_target}
         wrong = [f"{k} = {v!r}: must be a number of seconds above 0" for k, v in targets.items() if not _is_duration(v)]
+        if "\0" in self.salt:  # behind one lies what an adapter computes (`Sequence.salt`)
+            wrong.append("salt: must not contain NUL")
         if wrong:
             raise RequestError("; ".join(wrong))
 

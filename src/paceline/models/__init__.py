@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 from paceline.core.errors import CheckpointError
 from paceline.models.base import Model, ModelConfig
 
-_SHARED = {"base", "blocks", "fields", "loader", "rope"}
+_SHARED = {"adapters", "base", "blocks", "fields", "loader", "rope"}
 
 
 class Family(Protocol):

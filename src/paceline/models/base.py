@@ -6,8 +6,9 @@ A model file defines `config(raw) -> ModelConfig` and a `Net(Model)` with `param
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -116,13 +117,23 @@ class Model:
         self.config, self.ops, self.w, self.context = config, ops, weights, context
         self.notes: tuple[str, ...] = ()  # what the loader did that the user did not ask for
         self.ropes: dict[str, Rope] = {name: rope.tables(spec, context) for name, spec in config.rope.items()}
-        d = (config.d_model,)
+        self.sites: dict[str, int] = {}  # linears that take adapters, by parameter; none in the plain program
+        self.program = self._compile()
+
+    def adapted(self, names: Collection[str]) -> Program:
+        """The program with room for adapters at these parameters of `sites_of(config)`; weights are shared with the plain one."""
+        other = copy.copy(self)
+        other.sites = {name: i for i, name in enumerate(self.sites_of(self.config)) if name in names}
+        return other._compile()
+
+    def _compile(self) -> Program:
+        config, ops, d = self.config, self.ops, (self.config.d_model,)
         self._run_embed = ops.compile(self.embed, ())
         self._run_layers = tuple(ops.compile(self._bind(i), d) for i in range(config.n_layers))
         self._run_norm = _of_any_rows(ops.compile(lambda x, batch: self.norm(x), d))
         self._run_head = _of_any_rows(ops.compile(lambda x, batch: self.head(x), d))
         forward, hidden = ops.compile(self.forward, ()), ops.compile(self._run_both, ())
-        self.program = Program(self._run_embed, self._run_layers, self._run_norm, self._run_head, forward, hidden)
+        return Program(self._run_embed, self._run_layers, self._run_norm, self._run_head, forward, hidden)
 
     def digest(self) -> bytes:
         """SHA-256 of everything here that decides what is computed: hyper-parameters, weights as they are kept, rotary tables.
@@ -175,6 +186,11 @@ class Model:
     def layer(self, i: int, x: Array, batch: Any) -> Array:
         raise NotImplementedError
 
+    @classmethod
+    def sites_of(cls, config: ModelConfig) -> tuple[str, ...]:
+        """Parameters whose linear takes adapters, in the order of an adapter's sites: all of the layers but experts."""
+        return tuple(name for name, p in cls.params(config).items() if p.kind == "linear" and ".moe." not in name)
+
     # what a file may provide
     def embed(self, batch: Any) -> Array:
         return self.ops.embed(batch, self.matrix("embed"))
@@ -200,9 +216,11 @@ class Model:
     def vector(self, name: str) -> np.ndarray:
         return cast(np.ndarray, self.w[name])
 
-    def linear(self, name: str, x: Array) -> Array:
-        """x W^T, plus the bias `name.bias` where the model has one."""
-        return self.ops.linear(x, self.matrix(name), self.vector(f"{name}.bias") if f"{name}.bias" in self.w else None)
+    def linear(self, name: str, x: Array, batch: Any = None) -> Array:
+        """x W^T, plus the bias `name.bias` where the model has one; with the batch, plus what the rows' adapters add."""
+        bias = self.vector(f"{name}.bias") if f"{name}.bias" in self.w else None
+        y = self.ops.linear(x, self.matrix(name), bias)
+        return self.ops.adapt(y, x, batch, self.sites[name]) if batch is not None and name in self.sites else y
 
     def rms(self, name: str, x: Array) -> Array:
         return self.ops.rms_norm(x, self.vector(name), self.config.eps, offset=self.norm_offset)

@@ -208,22 +208,22 @@ def attention(m: Model, i: int, x: Array, batch: Any, rope: str | None = "full")
     """Projections, optional query/key norms, rotary embedding, attention, output projection."""
     c, ops, name = m.config, m.ops, f"layers.{i}.attn"
     n_q, n_kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    q, k, v = ops.split(m.linear(f"{name}.qkv", x), (n_q, n_kv, n_kv))
+    q, k, v = ops.split(m.linear(f"{name}.qkv", x, batch), (n_q, n_kv, n_kv))
     if f"{name}.q_norm" in m.w:
         q, k = m.rms(f"{name}.q_norm", q), m.rms(f"{name}.k_norm", k)
     if rope:
         q, k = (ops.rope(y, batch, m.ropes[rope], c.head_dim) for y in (q, k))
-    return m.linear(f"{name}.out", ops.attention(q, k, v, batch, i, c.attn[i]))
+    return m.linear(f"{name}.out", ops.attention(q, k, v, batch, i, c.attn[i]), batch)
 
 
-def mlp(m: Model, i: int, x: Array) -> Array:
+def mlp(m: Model, i: int, x: Array, batch: Any) -> Array:
     """down(act(gate x) * up x)"""
     name = f"layers.{i}.mlp"
-    return m.linear(f"{name}.down", m.ops.gated(m.linear(f"{name}.gate_up", x), m.config.act))
+    return m.linear(f"{name}.down", m.ops.gated(m.linear(f"{name}.gate_up", x, batch), m.config.act), batch)
 
 
-def moe(m: Model, i: int, x: Array) -> Array:
-    """Each row's best experts, weighted by the router."""
+def moe(m: Model, i: int, x: Array, batch: Any) -> Array:
+    """Each row's best experts, weighted by the router. No adapters: `batch` is there as in `mlp`."""
     name, extra = f"layers.{i}.moe", m.config.extra
     experts = Experts(
         gate_up=[m.matrix(f"{name}.{e}.gate_up") for e in range(extra["n_experts"])],
@@ -238,7 +238,7 @@ def moe(m: Model, i: int, x: Array) -> Array:
 def pre_norm_layer(m: Model, i: int, x: Array, batch: Any, feed: Callable[..., Array] = mlp) -> Array:
     """x + attention(norm x), then x + feed(norm x): Llama and most of its descendants."""
     x = m.ops.add(x, attention(m, i, m.rms(f"layers.{i}.attn_norm", x), batch))
-    return m.ops.add(x, feed(m, i, m.rms(f"layers.{i}.mlp_norm", x)))
+    return m.ops.add(x, feed(m, i, m.rms(f"layers.{i}.mlp_norm", x), batch))
 
 
 def scaled_embed(m: Model, batch: Any) -> Array:
@@ -258,5 +258,5 @@ def sandwich_layer(m: Model, i: int, x: Array, batch: Any, rope: str = "full") -
     name = f"layers.{i}"
     y = attention(m, i, m.rms(f"{name}.attn_norm", x), batch, rope)
     x = m.ops.add(x, m.rms(f"{name}.attn_post_norm", y))
-    y = mlp(m, i, m.rms(f"{name}.mlp_norm", x))
+    y = mlp(m, i, m.rms(f"{name}.mlp_norm", x), batch)
     return m.ops.add(x, m.rms(f"{name}.mlp_post_norm", y))

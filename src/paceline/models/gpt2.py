@@ -74,8 +74,8 @@ class Net(Model):
     def layer(self, i: int, x: Array, batch: Any) -> Array:
         ops, name = self.ops, f"layers.{i}"
         x = ops.add(x, blocks.attention(self, i, self._norm(f"{name}.attn_norm", x), batch, rope=None))
-        y = ops.act(self.linear(f"{name}.mlp.up", self._norm(f"{name}.mlp_norm", x)), self.config.act)
-        return ops.add(x, self.linear(f"{name}.mlp.down", y))
+        y = ops.act(self.linear(f"{name}.mlp.up", self._norm(f"{name}.mlp_norm", x), batch), self.config.act)
+        return ops.add(x, self.linear(f"{name}.mlp.down", y, batch))
 
     def norm(self, x: Array) -> Array:
         return self._norm("norm", x)

@@ -34,4 +34,4 @@ class Net(Model):
 
     def layer(self, i: int, x: Array, batch: Any) -> Array:
         x = self.ops.add(x, self.rms(f"layers.{i}.attn_norm", blocks.attention(self, i, x, batch)))
-        return self.ops.add(x, self.rms(f"layers.{i}.mlp_norm", blocks.mlp(self, i, x)))
+        return self.ops.add(x, self.rms(f"layers.{i}.mlp_norm", blocks.mlp(self, i, x, batch)))

@@ -14,6 +14,7 @@ import numpy as np
 
 from paceline.core.batch import Batch
 from paceline.core.specs import AttnSpec
+from paceline.ops.adapters import Sites
 from paceline.ops.packed import Packed
 
 Array = Any  # the backend's activation matrix
@@ -60,6 +61,9 @@ class Ops(Protocol):
     def move(self, pool: Any, src: np.ndarray, dst: np.ndarray) -> None:
         """Copy cache entries src -> dst (int64 slots), all heads, as if all were read before any is written."""
 
+    def adapter(self, sites: Sites) -> Any:
+        """An adapter in this backend's form, for `Batch.adapters`. Site i is what `adapt` calls i."""
+
     # one step
     def begin(self, batch: Batch) -> Any:
         """Bind a step to this backend; the result is what the ops below take as `batch`."""
@@ -77,6 +81,10 @@ class Ops(Protocol):
     def rescored(self, x: Array, coarse: Packed, fine: Packed) -> Array:
         """Logits of a head that is kept twice: `linear(x, coarse)`, of which in each row the RESCORED blocks of LANES outputs with
         the largest coarse logit (ties: the lower block; NaN counts as infinite) are those of `linear(x, fine)` instead."""
+
+    def adapt(self, y: Array, x: Array, batch: Any, site: int) -> Array:
+        """y = linear(x) of all rows with what each row's adapter adds to it at this site: scale * (x A^T) B^T, in float32.
+        Rows without an adapter keep their bits. Takes y over: it is not to be used afterwards."""
 
     def rms_norm(self, x: Array, weight: np.ndarray, eps: float, *, offset: float = 0.0) -> Array:
         """x / sqrt(mean(x^2) + eps) * (offset + weight) over consecutive runs of len(weight) columns (heads)."""

@@ -21,6 +21,7 @@ from paceline.core.batch import Batch, GroupBatch
 from paceline.core.kvcache import make_groups, of_layer
 from paceline.core.specs import AttnSpec, StateSpec
 from paceline.ops import RESCORED, Experts, Rope, formats, visible
+from paceline.ops.adapters import Sites
 from paceline.ops.packed import LANES, Packed
 
 ACT_FLOPS = {"silu": 4, "gelu": 5, "gelu_tanh": 9, "relu": 1}  # for one number
@@ -133,6 +134,9 @@ class CountOps:
         known = formats.names()
         return None if w.format in known else f"format {w.format!r} is unknown; there are {', '.join(known)}"
 
+    def adapter(self, sites: Sites) -> Sites:
+        return sites
+
     # memory and steps
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Pool:
@@ -179,6 +183,22 @@ class CountOps:
         weights = formats.nbytes(w) + (4 * n_out if bias is not None else 0)
         name = f"linear {n_out}x{n_in} {w.format}"
         return self._record("linear", Shape(x.rows, n_out), x, name=name, flops=flops, weights=weights)
+
+    def adapt(self, y: Shape, x: Shape, batch: Batch, site: int) -> Shape:
+        """Each row's own updates; an adapter's matrices are read once for all of its rows, and rows without one are not touched."""
+        if batch.adapter_of is None:
+            return y
+        flops = weights = touched = 0
+        rows = np.diff(batch.cu_rows)
+        for i, sites in enumerate(batch.adapters):
+            n = int(rows[batch.adapter_of == i].sum())
+            for u in sites[site]:
+                flops += n * (2 * (u.a.size + u.b.size) + len(u.a) + len(u.b))
+                weights += u.a.nbytes + u.b.nbytes
+                touched += 4 * n * len(u.b)
+        read = touched + 4 * x.cols * int(rows[batch.adapter_of >= 0].sum())
+        self.ledger.entries.append(Entry("adapt", None, Cost(flops, weights, read, touched), "adapt"))
+        return y
 
     def rescored(self, x: Shape, coarse: Packed, fine: Packed) -> Shape:
         """The fine blocks of different rows count as different ones, as long as there are so many."""

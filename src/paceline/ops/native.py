@@ -18,6 +18,7 @@ from paceline.core.batch import Batch, GroupBatch
 from paceline.core.errors import ConfigError
 from paceline.core.specs import AttnSpec
 from paceline.ops import Array, Experts, Rope, formats
+from paceline.ops.adapters import LowRank, Sites, tiled
 from paceline.ops.packed import Packed
 from paceline.ops.record import Recorder, Reg
 
@@ -103,14 +104,17 @@ class NativeOps:
     def move(self, pool: np.ndarray, src: np.ndarray, dst: np.ndarray) -> None:
         self.device.move(_raw(pool), np.ascontiguousarray(src, np.int64), np.ascontiguousarray(dst, np.int64))
 
+    def adapter(self, sites: Sites) -> _native.Adapter:
+        return _native.Adapter([_site(updates) for updates in sites])
+
     # ---- one step ----
 
     def begin(self, batch: Batch) -> _native.Step:
         groups = [(self._pools_of(g), g.slots, g.tables, g.lens) for g in batch.groups]
         cu_layer, layer_at = self._layer_map(batch)
-        return _native.Step(
-            batch.tokens, batch.positions, batch.cu_rows, batch.want, groups, cu_layer, layer_at, batch.mask, batch.tail
-        )
+        rows = (batch.tokens, batch.positions, batch.cu_rows, batch.want)
+        extra = (batch.mask, batch.tail, batch.adapters, batch.adapter_of)
+        return _native.Step(*rows, groups, cu_layer, layer_at, *extra)
 
     def _pools_of(self, g: GroupBatch) -> _native.Pools:
         """Bound once per group, and again when its lists of arrays are other ones."""
@@ -163,11 +167,12 @@ class NativeOps:
         args: tuple[Any, ...] = (),
         batch: Any = None,
         wanted: bool | None = None,
+        in_place: bool = False,
     ) -> Array:
         """Record the op when tracing; otherwise run it as a program of its own."""
         recorder = batch if isinstance(batch, Recorder) else next((x.recorder for x in ins if isinstance(x, Reg)), None)
         if recorder is not None:
-            return recorder.call(op, ins, cols, _lower(args), wanted)
+            return recorder.call(op, ins, cols, _lower(args), wanted, in_place)
         key = (
             op,
             cols,
@@ -180,7 +185,7 @@ class NativeOps:
                 self._eager.clear()
             recorder = Recorder()
             inputs = [recorder.input(x.shape[1]) for x in ins]
-            out = recorder.call(op, inputs, cols, _lower(args), wanted)
+            out = recorder.call(op, inputs, cols, _lower(args), wanted, in_place)
             known = self._eager[key] = (
                 recorder.finish(self.device, [out]),
                 args,
@@ -196,6 +201,9 @@ class NativeOps:
 
     def rescored(self, x: Array, coarse: Packed, fine: Packed) -> Array:
         return self._apply("rescored", (x,), fine.shape[0], (coarse, fine, None, 0.0, 0.0))
+
+    def adapt(self, y: Array, x: Array, batch: Any, site: int) -> Array:
+        return self._apply("adapt", (y, x), y.shape[1], (site,), batch, in_place=True)
 
     def rms_norm(self, x: Array, weight: np.ndarray, eps: float, *, offset: float = 0.0) -> Array:
         return self._apply("rms_norm", (x,), x.shape[1], (weight, float(eps), float(offset)))
@@ -299,6 +307,16 @@ def _new(shape: tuple[int, ...], dtype: str, n_small: int = 0) -> np.ndarray:
     """An uninitialised, aligned array; in huge pages when large, but for its first n_small bytes."""
     array = np.asarray(_native.Buffer(list(shape), dtype, n_small))
     return array.view(_bfloat16()) if dtype == "bfloat16" else array
+
+
+def _site(updates: Sequence[LowRank]) -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, int, int]]]:
+    """The updates of a site as csrc/kernels/adapt.cpp takes them: A's below each other, a scale per rank, (B, col, n) each."""
+    if not updates:
+        return np.zeros((0, 0), np.float32), np.zeros(0, np.float32), []
+    dtype = np.result_type(*(m.dtype for u in updates for m in (u.a, u.b)))
+    a = np.concatenate([np.asarray(u.a, dtype) for u in updates])
+    scale = np.concatenate([np.full(len(u.a), u.scale, np.float32) for u in updates])
+    return _raw(a), scale, [(_raw(tiled(np.asarray(u.b, dtype))), u.col, len(u.b)) for u in updates]
 
 
 def bind_weight(w: Packed) -> _native.Weight:

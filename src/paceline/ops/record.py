@@ -56,14 +56,33 @@ class Recorder:
         self.n_inputs += 1
         return self._new(cols, False)
 
-    def call(self, op: str, ins: Sequence[Reg], cols: int, args: Sequence[Any] = (), wanted: bool | None = None) -> Reg:
-        """Append an op with one result; its rows are those of the inputs unless `wanted` says otherwise."""
+    def call(
+        self,
+        op: str,
+        ins: Sequence[Reg],
+        cols: int,
+        args: Sequence[Any] = (),
+        wanted: bool | None = None,
+        in_place: bool = False,
+    ) -> Reg:
+        """Append an op with one result; its rows are those of the inputs unless `wanted` says otherwise.
+
+        in_place: it changes its first operand, which nobody reads afterwards, and that is the result.
+        """
         assert all(r.recorder is self for r in ins), "a register of another trace"
         rows = {r.wanted for r in ins} or {False}
         assert len(rows) == 1, f"{op}: mixes all rows with the wanted ones"
-        out = self._new(cols, rows.pop() if wanted is None else wanted)
+        if in_place:
+            out = ins[0] if self._own(ins[0]) else self.call("copy", ins[:1], cols)
+            ins = (out, *ins[1:])
+        else:
+            out = self._new(cols, rows.pop() if wanted is None else wanted)
         self.calls.append(Call(op, out, tuple(ins), tuple(args)))
         return out
+
+    def _own(self, r: Reg) -> bool:
+        """Whether r is all of a register that the program itself has written."""
+        return r.id >= self.n_inputs and r.col == 0 and r.cols == self.widths[r.id]
 
     def _new(self, cols: int, wanted: bool) -> Reg:
         self.widths.append(cols)
@@ -85,17 +104,17 @@ class Recorder:
         """One whole, fresh register per result: inputs, views and repeated results are copied."""
         outs: list[Reg] = []
         for r in results:
-            whole = r.col == 0 and r.cols == self.widths[r.id]
-            fresh = r.id >= self.n_inputs and all(o.id != r.id for o in outs)
-            outs.append(r if whole and fresh else self.call("copy", (r,), r.cols))
+            fresh = self._own(r) and all(o.id != r.id for o in outs)
+            outs.append(r if fresh else self.call("copy", (r,), r.cols))
         return outs
 
     def _lifetimes(self, slots: dict[int, int]) -> list[tuple[int, int, int, int]]:
         """(id, floats, first, last call) of every register that lives in the arena."""
-        first = {c.out.id: n for n, c in enumerate(self.calls)}
-        last = dict(first)
+        first: dict[int, int] = {}
+        last: dict[int, int] = {}
         for n, c in enumerate(self.calls):
-            last |= {r.id: n for r in c.ins}
+            first.setdefault(c.out.id, n)
+            last |= {r.id: n for r in (c.out, *c.ins)}
         return [(i, _stride(self.widths[i]), first[i], last[i]) for i in first if i not in slots]
 
     def _ref(self, r: Reg, slots: dict[int, int], places: dict[int, int]) -> _native.Ref:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes
@@ -26,6 +26,7 @@ from paceline.core.batch import Batch, GroupBatch
 from paceline.core.errors import ConfigError
 from paceline.core.specs import AttnSpec
 from paceline.ops import RESCORED, Array, Experts, Rope, formats, sampling, visible
+from paceline.ops.adapters import LowRank, Sites
 from paceline.ops.packed import LANES, Packed
 
 _PIECE = 1 << 24  # elements of a matrix that are unpacked at a time
@@ -113,6 +114,9 @@ class ReferenceOps:
         moved = pool[self._index(src // size), :, self._index(src % size)]  # a copy: all are read before any is written
         pool[self._index(dst // size), :, self._index(dst % size)] = moved
 
+    def adapter(self, sites: Sites) -> list[list[LowRank]]:
+        return [[replace(u, a=self._array(u.a), b=self._array(u.b)) for u in updates] for updates in sites]
+
     def numpy(self, x: Array) -> np.ndarray:
         if isinstance(x, np.ndarray):
             return x
@@ -145,6 +149,17 @@ class ReferenceOps:
         pieces = [product(x, w, i, piece) for i, piece in enumerate(_pieces(w))]
         y = pieces[0] if len(pieces) == 1 else self.xp.concat(pieces, axis=1)
         return y if bias is None else y + self._array(bias)
+
+    def adapt(self, y: Array, x: Array, batch: Bound, site: int) -> Array:
+        b = batch.batch
+        if b.adapter_of is None:
+            return y
+        for s, which in enumerate(b.adapter_of.tolist()):
+            for u in b.adapters[which][site] if which >= 0 else ():
+                n = u.b.shape[0]
+                for r in range(int(b.cu_rows[s]), int(b.cu_rows[s + 1])):
+                    y[r, u.col : u.col + n] += u.b @ ((u.a @ x[r]) * u.scale)
+        return y
 
     def rescored(self, x: Array, coarse: Packed, fine: Packed) -> Array:
         n_rows, n_out = x.shape[0], fine.shape[0]

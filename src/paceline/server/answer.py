@@ -41,7 +41,10 @@ class Whole:
 
 @dataclass(frozen=True)
 class Service:
-    """How a request wishes to be served. priority: 0 or later, as vLLM counts; salt: narrows whose prefixes are shared; targets in seconds."""
+    """How a request wishes to be served.
+
+    priority: 0 or later, as vLLM counts. salt: narrows whose prefixes are shared. Targets are seconds.
+    """
 
     priority: int = 0
     salt: str = ""

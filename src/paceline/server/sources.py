@@ -35,7 +35,7 @@ else:
 
 _MAX_BYTES = 1 << 20
 _TRUTH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-ENGINE_UNITS = {"kv_memory": "bytes"}
+ENGINE_UNITS = {"kv_memory": "bytes", "adapter_memory": "bytes"}
 
 
 @dataclass(frozen=True)
