@@ -151,37 +151,28 @@ def lm_eval(
 
 
 def check_loglikelihoods(bench: Bench, name: str, options: Mapping[str, Any]) -> str:
-    """Log-likelihoods of every choice against `LLM.score`, and of whole texts."""
-    samples = lm_eval(
-        bench, name, "local-completions", ["local_choice", "local_rolling"], {"max_length": 512, **options}
-    )
+    """Log-likelihoods of every choice, and of whole texts, against `LLM.score`."""
+    fixed = {"max_length": 512, "custom_prefix_token_id": bench.llm.tokenizer.bos}
+    samples = lm_eval(bench, name, "local-completions", ["local_choice", "local_rolling"], {**fixed, **options})
     worst, n = 0.0, 0
     for sample in samples:
         for i, response in enumerate(sample["resps"]):
             given = sample["arguments"][f"gen_args_{i}"]
             rolling = "arg_1" not in given
             found = float(response[0] if rolling else response[0][0])
-            want = (
-                rolling_score(bench.llm, given["arg_0"])
-                if rolling
-                else score(bench.llm, given["arg_0"], given["arg_1"])
-            )
-            worst, n = max(worst, abs(found - want)), n + 1
+            worst, n = max(worst, abs(found - score(bench.llm, given["arg_0"], given.get("arg_1")))), n + 1
     if worst > TOLERANCE:
         raise Failed(f"log-likelihoods differ from LLM.score by up to {worst:.4f}")
     return f"{n} log-likelihoods within {worst:.1e} of LLM.score"
 
 
-def score(llm: LLM, context: str, continuation: str) -> float:
-    """Log-probability of a continuation, tokenised as lm-eval does: both together, less the context alone."""
-    whole, before = llm.tokens(context + continuation), llm.tokens(context)
+def score(llm: LLM, text: str, continuation: str | None) -> float:
+    """Log-probability of what follows a text, tokenised as lm-eval does: both together, less the text alone. Without a
+    continuation: of the whole text, after the token that begins texts."""
+    if continuation is None:
+        return float(llm.score([[llm.tokenizer.bos, *llm.tokens(text)]])[0].sum())
+    whole, before = llm.tokens(text + continuation), llm.tokens(text)
     return float(llm.score([whole])[0][len(before) - 1 :].sum())
-
-
-def rolling_score(llm: LLM, text: str) -> float:
-    """Log-probability of all of a text after the token that begins texts, which lm-eval puts before it."""
-    prefix = llm.tokenizer.bos
-    return float(llm.score([[prefix, *llm.tokens(text)]])[0].sum())
 
 
 def check_generation(bench: Bench, name: str, model: str, options: Mapping[str, Any], *flags: str) -> str:

@@ -332,14 +332,16 @@ def _gguf_facts(writer: Any, config: Mapping[str, Any]) -> None:
 
 
 def _gguf_vocabulary(writer: Any, n_vocab: int) -> list[tuple[Callable[[Any], None], Any]]:
-    """What `save_tokenizer` writes. Readers insist on merges; the one that is given makes no token of the vocabulary."""
+    """What `save_tokenizer` writes, but that readers insist on merges: token 256 is that of the only one."""
     import gguf
 
+    names = [token_name(i, n_vocab) for i in range(n_vocab)]
+    names[256] = "ww"
     normal, control = int(gguf.TokenType.NORMAL), int(gguf.TokenType.CONTROL)
     return [
         (writer.add_tokenizer_model, "gpt2"),
         (writer.add_tokenizer_pre, "gpt-2"),
-        (writer.add_token_list, [token_name(i, n_vocab) for i in range(n_vocab)]),
+        (writer.add_token_list, names),
         (writer.add_token_types, [normal] * (n_vocab - 2) + [control] * 2),
         (writer.add_token_merges, ["w w"]),
         (writer.add_bos_token_id, n_vocab - 2),
