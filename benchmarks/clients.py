@@ -150,10 +150,10 @@ def lm_eval(
     return samples
 
 
-def check_loglikelihoods(bench: Bench, name: str, options: Mapping[str, Any]) -> str:
+def check_loglikelihoods(bench: Bench, name: str, options: Mapping[str, Any], *flags: str) -> str:
     """Log-likelihoods of every choice, and of whole texts, against `LLM.score`."""
     fixed = {"max_length": 512, "custom_prefix_token_id": bench.llm.tokenizer.bos}
-    samples = lm_eval(bench, name, "local-completions", ["local_choice", "local_rolling"], {**fixed, **options})
+    samples = lm_eval(bench, name, "local-completions", ["local_choice", "local_rolling"], {**fixed, **options}, *flags)
     worst, n = 0.0, 0
     for sample in samples:
         for i, response in enumerate(sample["resps"]):
@@ -236,7 +236,7 @@ CHECKS: Mapping[str, Callable[[Bench, str], str]] = {
         b, n, {"tokenizer": lab.path(), "tokenizer_backend": "huggingface", "tokenized_requests": False}
     ),
     "lm-eval completions, batches": lambda b, n: check_loglikelihoods(
-        b, n, {"tokenizer": lab.path(), "tokenizer_backend": "huggingface", "batch_size": 4}
+        b, n, {"tokenizer": lab.path(), "tokenizer_backend": "huggingface"}, "--batch_size", "4"
     ),
     "lm-eval completions, server's tokenizer": lambda b, n: check_loglikelihoods(
         b, n, {"tokenizer_backend": "remote", "tokenized_requests": True}

@@ -192,7 +192,7 @@ def show(results: Mapping[str, Any], console: Console) -> None:
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--install", action="store_true", help="install the engines, nothing else")
-    p.add_argument("--prepare", action="store_true", help="install, write and convert the checkpoints, nothing else")
+    p.add_argument("--prepare", action="store_true", help="install, write, convert and compile, nothing else")
     p.add_argument("--report", action="store_true", help="show (and --write-readme) what is in --json; measure nothing")
     p.add_argument(
         "--quick", action="store_true", help="a smoke test: smollm2-135m, llama-server, two rates of 8 s, one round"
@@ -234,12 +234,18 @@ def arguments() -> argparse.Namespace:
 
 
 def prepare(a: argparse.Namespace, say: Say) -> None:
+    """Write and convert the checkpoints; with --prepare, also start once what compiles when it first starts."""
     for shape in a.shapes:
         for bits in a.bits:
-            for name in a.engines:
-                if name not in a.missing:
-                    say(f"{shape} {bits}: checkpoint of {name}")
-                    peers.model_of(a, shape, peers.PEERS[engines.ENGINES[name].peer], bits, convert=True)
+            for name in (e for e in a.engines if e not in a.missing):
+                say(f"{shape} {bits}: checkpoint of {name}")
+                peer = peers.PEERS[engines.ENGINES[name].peer]
+                try:
+                    peers.model_of(a, shape, peer, bits, convert=True)
+                    if a.prepare and peer.compiles:
+                        next(iter(engines.starts(a, name, shape, bits).values()))().close()
+                except RuntimeError as e:
+                    say(f"{shape} {bits} {name}: {e}")  # said again when it is measured
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ CONTEXT = 1792  # tokens of the longest sequence
 STEP = 512  # tokens computed in one step
 SEQS = 32  # sequences at once
 KV_TOKENS = 16 * CONTEXT
-READY_S = 600
+READY_S = 1200  # vLLM compiles for minutes at its first start
 FORMATS = {"bf16": "auto", "int8": "int8", "w8a8": "int8:group=0", "int4": "int4"}
 
 
