@@ -214,7 +214,7 @@ def save_folder(folder: Path, config: dict[str, Any], tensors: Tensors) -> None:
 
 def ensure(root: Path, shape: str, form: str, bits: str) -> Path:
     """Path of a checkpoint, written now if it is not there. form: hf (bfloat16), compressed-tensors, gguf."""
-    suffix = ".gguf" if form == "gguf" else ""
+    suffix = "-vocabulary.gguf" if form == "gguf" else ""
     path = root / Path(shape).name.removesuffix(".json") / f"{form}-{'bf16' if form == 'hf' else bits}{suffix}"
     if path.exists():
         return path
@@ -285,7 +285,7 @@ def rope_factors(config: Mapping[str, Any]) -> np.ndarray | None:
 
 
 def save_gguf(path: Path, config: Mapping[str, Any], tensors: Tensors, bits: str) -> None:
-    """A GGUF file without a vocabulary: every matrix bfloat16, Q8_0 or Q4_0, the embedding (tied to the head) included."""
+    """A GGUF file: every matrix bfloat16, Q8_0 or Q4_0, the embedding (tied to the head) included; the vocabulary of `token_name`."""
     import gguf
 
     kind = gguf.GGMLQuantizationType[_GGUF_TYPES[bits]]
@@ -325,7 +325,26 @@ def _gguf_facts(writer: Any, config: Mapping[str, Any]) -> None:
         (writer.add_rope_freq_base, config["rope_theta"]),
         (writer.add_layer_norm_rms_eps, config["rms_norm_eps"]),
         (writer.add_vocab_size, config["vocab_size"]),
-        (writer.add_tokenizer_model, "no_vocab"),
+        *_gguf_vocabulary(writer, config["vocab_size"]),
     ]
     for add, value in facts:
         add(value)
+
+
+def _gguf_vocabulary(writer: Any, n_vocab: int) -> list[tuple[Callable[[Any], None], Any]]:
+    """What `save_tokenizer` writes, but that readers insist on merges: token 256 is that of the only one."""
+    import gguf
+
+    names = [token_name(i, n_vocab) for i in range(n_vocab)]
+    names[256] = "ww"
+    normal, control = int(gguf.TokenType.NORMAL), int(gguf.TokenType.CONTROL)
+    return [
+        (writer.add_tokenizer_model, "gpt2"),
+        (writer.add_tokenizer_pre, "gpt-2"),
+        (writer.add_token_list, names),
+        (writer.add_token_types, [normal] * (n_vocab - 2) + [control] * 2),
+        (writer.add_token_merges, ["w w"]),
+        (writer.add_bos_token_id, n_vocab - 2),
+        (writer.add_eos_token_id, n_vocab - 1),
+        (writer.add_add_bos_token, False),
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,10 @@ ENVIRONMENTS: Mapping[str, Environment] = {
     ),
     "ctranslate2": Environment(("ctranslate2==4.8.5", TRANSFORMERS, TORCH), check="import ctranslate2"),
 }
+CLIENTS: Mapping[str, Environment] = {
+    "clients": Environment(("lm-eval[api]==0.4.13", "guidellm==0.8.1"), check="import lm_eval, guidellm"),
+}
+_ALL = {**ENVIRONMENTS, **CLIENTS}
 
 
 def cpu_flags() -> frozenset[str]:
@@ -77,7 +82,7 @@ def cpu_flags() -> frozenset[str]:
 
 def why_not(name: str, flags: frozenset[str]) -> str | None:
     """Why this machine has no use for an environment."""
-    env = ENVIRONMENTS[name]
+    env = _ALL[name]
     missing = [f for f in env.needs if f not in flags]
     if missing:
         return f"needs {', '.join(missing)}, which this processor lacks"
@@ -95,7 +100,7 @@ def install(root: Path, name: str, say: Callable[[str], None]) -> str | None:
     reason = why_not(name, cpu_flags())
     if reason:
         return reason
-    done, env = root / name / "installed.json", ENVIRONMENTS[name]
+    done, env = root / name / "installed.json", _ALL[name]
     recipe = {"packages": list(env.packages), "cmake": list(env.cmake)}
     if done.exists() and json.loads(done.read_text(encoding="utf-8"))["recipe"] == recipe:
         return None
@@ -109,7 +114,7 @@ def install(root: Path, name: str, say: Callable[[str], None]) -> str | None:
             code = subprocess.call(command, stdout=out, stderr=subprocess.STDOUT, env=_build_environment(env))
             if code:
                 return f"`{' '.join(command[1:])}` failed with status {code}; see {log}"
-    facts = {"recipe": recipe, "versions": _versions(root, name), "compiler": _compiler()[0] if env.source else None}
+    facts = {"recipe": recipe, "versions": _versions(root, name), "compiler": compiler()[0] if env.source else None}
     done.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return None
 
@@ -133,7 +138,7 @@ def _commands(executable: str, env: Environment) -> list[list[str]]:
     return commands
 
 
-def _compiler() -> tuple[str, str]:
+def compiler() -> tuple[str, str]:
     """C and C++ compilers: clang 19 where it is, since it makes llama.cpp 5-10 % faster than GCC 12."""
     for c, cxx in (("clang-19", "clang++-19"), ("gcc", "g++")):
         if shutil.which(c) and shutil.which(cxx):
@@ -144,7 +149,7 @@ def _compiler() -> tuple[str, str]:
 def _build_environment(env: Environment) -> dict[str, str]:
     out = dict(os.environ)
     if env.source:
-        c, cxx = _compiler()
+        c, cxx = compiler()
         definitions = (f"CMAKE_C_COMPILER={c}", f"CMAKE_CXX_COMPILER={cxx}", "LLAVA_BUILD=OFF", *env.cmake)
         out["CMAKE_ARGS"] = " ".join(f"-D{d}" for d in definitions)
         out["CMAKE_BUILD_PARALLEL_LEVEL"] = str(os.cpu_count() or 1)
@@ -153,7 +158,7 @@ def _build_environment(env: Environment) -> dict[str, str]:
 
 def _versions(root: Path, name: str) -> dict[str, str]:
     """Versions of the packages that we named, as installed."""
-    names = [p.partition("==")[0] for p in ENVIRONMENTS[name].packages]
+    names = [re.split(r"[=\[]", p)[0] for p in _ALL[name].packages]
     code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {names!r}}}))"
     out = subprocess.run([str(python(root, name)), "-c", code], capture_output=True, text=True, check=True)
     return dict(json.loads(out.stdout))

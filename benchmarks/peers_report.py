@@ -167,10 +167,10 @@ def _compiler(environment: Mapping[str, Any]) -> str:
     return f", built by {environment['compiler']}" if environment.get("compiler") else ""
 
 
-def write_between(path: Path, text: str) -> None:
-    """Replace what stands between the two markers. Raises ValueError when they are not there, once each and in order."""
+def write_between(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
+    """Replace what stands between two markers. Raises ValueError when they are not there, once each and in order."""
     old = path.read_text(encoding="utf-8")
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        raise ValueError(f"{path}: must contain {BEGIN!r} and after it {END!r}, once each; restore them")
-    head, tail = old[: old.index(BEGIN)], old[old.index(END) :]
-    path.write_text(f"{head}{BEGIN}\n\n{text}\n\n{tail}", encoding="utf-8")
+    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
+        raise ValueError(f"{path}: must contain {begin!r} and after it {end!r}, once each; restore them")
+    head, tail = old[: old.index(begin)], old[old.index(end) :]
+    path.write_text(f"{head}{begin}\n\n{text}\n\n{tail}", encoding="utf-8")

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -259,10 +260,18 @@ def test_status_routes(server: Served) -> None:
         assert c.get("/v1/chat/completions").status_code == 405
         ids = c.post("/tokenize", json={"prompt": "Hello there"}).json()["tokens"]
         assert c.post("/detokenize", json={"tokens": ids}).json()["prompt"].endswith("Hello there")
+        info = c.get("/tokenizer_info").json()
+        assert info["eos_token"] == "<|im_end|>"
+        assert "<|im_start|>" in info["chat_template"]
         text = c.get("/metrics").text
         assert 'paceline_request_success_total{finished_reason="stop",model_name="lab-8m"}' in text
         document = c.get("/openapi.json").json()
         assert "/v1/chat/completions" in document["paths"]
+
+
+def test_a_template_of_the_operators_is_not_told() -> None:
+    with served(config=replace(CONFIG, chat_template="plain")) as s, s.client() as c:
+        assert "chat_template" not in c.get("/tokenizer_info").json()
 
 
 def test_the_metrics_have_vllms_names_on_request() -> None:

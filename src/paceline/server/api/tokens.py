@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, as vLLM has them."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info, as vLLM has them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,21 @@ async def detokenize(call: Call, body: DetokenizeRequest) -> ASGIApp:
     return json(DetokenizeAnswer(model.tokenizer.decode(body.tokens, skip_special_tokens=False)))
 
 
+async def tokenizer_info(call: Call) -> ASGIApp:
+    """Named special tokens and the model's own chat template. A template that the operator chose instead is kept back: it may hold
+    instructions of theirs."""
+    model = await call.model(None)
+    tokenizer = model.tokenizer
+    info: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special_tokens}
+    info["model_max_length"] = model.ready.serving.capacity
+    own = tokenizer.chat_template
+    if own is not None and model.offer.config.chat_template is None:
+        info["chat_template"] = own if isinstance(own, str) else [{"name": k, "template": v} for k, v in own.items()]
+    return json(info)
+
+
 ROUTES = [
     Route("POST", "/tokenize", tokenize, "Token ids of a text or a conversation.", TokenizeRequest, TokenizeAnswer),
+    Route("GET", "/tokenizer_info", tokenizer_info, "Special tokens and the chat template.", answer=dict[str, Any]),
     Route("POST", "/detokenize", detokenize, "The text of token ids.", DetokenizeRequest, DetokenizeAnswer),
 ]
