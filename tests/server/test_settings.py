@@ -136,8 +136,8 @@ def test_secrets_are_neither_printed_nor_told() -> None:
         (Access(api_key=("short",)), "8 to 512"),
         (Access(keys_file="/nonexistent"), "not a readable file"),
         (Serving(models=("nopath",)), "name=path"),
-        (Serving(lora=("a=x", "a=y")), "given twice"),
-        (Serving(models=("a=x",), lora=("a=y",)), "names two things"),
+        (Serving(models=("a=x", "a=y")), "given twice"),
+        (Serving(models=("a=x",), served_name=("a",)), "names two things"),
         (Serving(served_name=("bad name",)), "served_name"),
     ],
 )
@@ -165,7 +165,7 @@ def values(o: Any) -> st.SearchStrategy[Any]:
 
 
 NEEDS_MORE = {"root_path", "cors_origins", "tls_cert", "tls_key", "tls_ca", "api_key", "api_key_file", "keys_file", "require_keys"} | {
-    "otel_endpoint", "models", "lora", "served_name", "host"
+    "otel_endpoint", "models", "served_name", "host"
 }  # fmt: skip
 FREE = [o for name in GROUPS for o in TABLES[name].values() if o.name not in NEEDS_MORE]
 

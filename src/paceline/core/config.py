@@ -158,8 +158,9 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of everything that can change an answer."""
-        text = json.dumps(self.describe(), sort_keys=True, default=str)
+        """A short hash of everything that can change an answer: not of sizes, which differ with the memory that is free."""
+        sizes = ("kv_tokens", "kv_bytes", "peak_bytes", "adapter_bytes", "notes")
+        text = json.dumps({k: v for k, v in self.describe().items() if k not in sizes}, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -91,6 +91,7 @@ class Answer:
                 ttft_target=service.ttft_target,
                 tpot_target=service.tpot_target,
                 owner=who.name,
+                adapter=model.adapter,
                 arrival=now,
             )
             for i, tokens in enumerate(prompts)

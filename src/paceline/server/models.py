@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,12 +16,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from paceline.assemble import inspect
+from paceline.assemble import end_tokens, inspect
 from paceline.checkpoints import templates
 from paceline.checkpoints.pooling import Pooling, read_pooling
 from paceline.checkpoints.tokenizer import Tokenizer
+from paceline.core import adapters
 from paceline.core.config import EngineConfig, Plan
-from paceline.core.errors import OutOfMemory, PacelineError, RequestError
+from paceline.core.errors import ConfigError, OutOfMemory, PacelineError, RequestError
 from paceline.core.types import SamplingParams
 from paceline.llm import params_from
 from paceline.server import dialects, wire
@@ -44,6 +46,11 @@ class Offer:
     model: str | None
     config: EngineConfig
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of its adapters, which requests may ask for as models."""
+        return tuple(adapters.parse(text)[0] for text in self.config.adapters)
+
 
 @dataclass
 class Front:
@@ -58,6 +65,13 @@ class Front:
     defaults: SamplingParams
     pooling: Pooling  # how embeddings are made of it
     plan: Plan
+    eos: frozenset[int]
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Checks constraints. For a model with a tokenizer."""
+        assert self.tokenizer is not None
+        return Grammars(self.tokenizer, self.eos)
 
 
 def open_front(offer: Offer) -> Front:
@@ -85,6 +99,7 @@ def open_front(offer: Offer) -> Front:
         defaults,
         pooling,
         seen.plan,
+        end_tokens(seen),
     )
 
 
@@ -94,7 +109,7 @@ def _render_by(source: str, tokenizer: Tokenizer, messages: Any, arguments: dict
 
 @dataclass(eq=False)
 class Model:
-    """A loaded model: the front's part and its supervisor."""
+    """A loaded model: the front's part and its supervisor. adapter: the one that requests for it are served with; see `adapted`."""
 
     offer: Offer
     front: Front
@@ -102,10 +117,17 @@ class Model:
     loaded: float = field(default_factory=time.time)
     used: float = field(default_factory=time.monotonic)
     probing: asyncio.Lock = field(default_factory=asyncio.Lock)  # one measurement of operators at a time
+    adapter: str = ""
 
     @property
     def name(self) -> str:
-        return self.offer.names[0]
+        return self.adapter or self.offer.names[0]
+
+    def adapted(self, adapter: str) -> Model:
+        """The same model under the name of one of its adapters."""
+        view = copy.copy(self)
+        view.adapter = adapter
+        return view
 
     @property
     def ready(self) -> wire.Ready:
@@ -115,7 +137,8 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        return f"pl-{self.ready.fingerprint}"
+        own = self.ready.fingerprint
+        return f"pl-{own}-{self.ready.adapters[self.adapter][:8]}" if self.adapter else f"pl-{own}"
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -142,10 +165,6 @@ class Model:
             raise RequestError(f"messages: {self.front.why_no_template}")
         return await asyncio.to_thread(template.render, messages, **arguments)
 
-    @cached_property
-    def grammars(self) -> Grammars:
-        return Grammars(self.tokenizer, self.ready.serving.eos)
-
     async def check_constraint(self, params: SamplingParams) -> None:
         """Raise RequestError for a constraint that cannot be kept to, before anything is queued."""
         if params.constraint is None:
@@ -154,13 +173,14 @@ class Model:
             raise RequestError(
                 f"response_format: this server runs without {CONSTRAINTS}; nothing else keeps to a constraint"
             )
-        await asyncio.to_thread(self.grammars.check, params.constraint)
+        assert self.tokenizer is not None  # raises for a model that has none
+        await asyncio.to_thread(self.front.grammars.check, params.constraint)
 
     async def stop(self) -> None:
         """End its processes."""
         await self.supervisor.stop()
-        if "grammars" in vars(self):
-            self.grammars.close()
+        if "grammars" in vars(self.front):
+            self.front.grammars.close()
 
     def text_of(self, token: int) -> str:
         return "" if self.front.tokenizer is None else self.front.tokenizer.decode([token], skip_special_tokens=False)
@@ -177,6 +197,10 @@ class Models:
         observe: Callable[[str, wire.Stepped], None] = lambda name, stepped: None,
     ):
         self.offers = {name: offer for offer in offers for name in offer.names}
+        self.adapters = {name: offer for offer in offers for name in offer.adapters}
+        clash = sorted(set(self.offers) & set(self.adapters))
+        if clash:
+            raise ConfigError([f"adapters: {name!r} is the name of a model, too; choose another" for name in clash])
         self.first = offers[0]
         self.loaded: dict[str, Model] = {}
         self._restarts, self._memory, self._observe = restarts, memory, observe
@@ -185,9 +209,9 @@ class Models:
 
     async def get(self, name: str | None) -> Model:
         """The model of this name (None: the first), loaded if need be. Raises ApiError 404 for one that is not on offer."""
-        offer = self.first if name is None else self.offers.get(name)
+        offer = self.first if name is None else self.offers.get(name) or self.adapters.get(name)
         if offer is None:
-            known = ", ".join(sorted({o.names[0] for o in self.offers.values()}))
+            known = ", ".join(sorted({o.names[0] for o in self.offers.values()} | set(self.adapters)))
             raise ApiError(
                 404, f"model: there is no {str(name)[:200]!r} here, only {known}", param="model", code="model_not_found"
             )
@@ -196,7 +220,41 @@ class Models:
             async with self._lock:
                 model = self.loaded.get(offer.names[0]) or await self._load(offer)
         model.used = time.monotonic()
-        return model
+        return model.adapted(name) if name in self.adapters else model
+
+    async def load_adapter(self, base: str | None, name: str, path: str) -> None:
+        """Offer an adapter of a model from now on, also after its worker has been started again.
+
+        Raises ApiError 404 for an unknown model and RequestError for an adapter that cannot be had.
+        """
+        if name in self.offers or name in self.adapters:
+            raise RequestError(
+                f"lora_name = {name!r}: is a model or an adapter here already; choose another name, or unload it"
+            )
+        model = await self.get(base)
+        digest = await model.supervisor.ask("load_adapter", timeout_s=600, name=name, path=path)
+        model.ready.adapters[name] = digest
+        self._reconfigure(model.offer, (*model.offer.config.adapters, f"{name}={path}"))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Take an adapter back; requests that have begun keep it. Raises ApiError 404 for one that is not there."""
+        offer = self.adapters.get(name)
+        if offer is None:
+            raise ApiError(404, f"lora_name: there is no adapter {name[:200]!r} here", param="lora_name")
+        model = self.loaded.get(offer.names[0])
+        if model is not None:
+            await model.supervisor.ask("unload_adapter", name=name)
+        self._reconfigure(offer, tuple(t for t in offer.config.adapters if adapters.parse(t)[0] != name))
+
+    def _reconfigure(self, old: Offer, texts: tuple[str, ...]) -> None:
+        """An offer with other adapters, for the next time its worker is started, too."""
+        offer = replace(old, config=replace(old.config, adapters=texts))
+        self.offers |= dict.fromkeys(offer.names, offer)
+        self.first = offer if self.first is old else self.first
+        self.adapters = {n: o for n, o in self.adapters.items() if o is not old} | dict.fromkeys(offer.adapters, offer)
+        model = self.loaded.get(offer.names[0])
+        if model is not None:
+            model.offer, model.supervisor.config = offer, offer.config
 
     async def _load(self, offer: Offer) -> Model:
         name = offer.names[0]

@@ -274,7 +274,6 @@ class Serving(Group):
     model_memory: int | None = setting(
         None, "Memory for all loaded models together; default: what is free.", unit="bytes", low=1 << 20, high=1 << 46
     )
-    lora: tuple[str, ...] = setting((), "A LoRA adapter, as name=path. Repeatable.")
 
     def more_problems(self) -> list[str]:
         found = [
@@ -282,12 +281,9 @@ class Serving(Group):
             for n in self.served_name
             if not _NAME.fullmatch(n)
         ]
-        found += _pair_problems("models", self.models) + _pair_problems("lora", self.lora)
-        names = [*self.served_name, *(t.partition("=")[0].strip() for t in (*self.models, *self.lora))]
-        twice = sorted({n for n in names if names.count(n) > 1})
-        own = {t.partition("=")[0].strip() for t in self.models} & {t.partition("=")[0].strip() for t in self.lora}
-        clash = set(self.served_name) & set(names[len(self.served_name) :]) | own
-        return found + [f"served_name, models, lora: {n!r} names two things" for n in twice if n in clash]
+        found += _pair_problems("models", self.models)
+        twice = sorted(set(self.served_name) & set(pairs([t for t in self.models if "=" in t])))
+        return found + [f"served_name, models: {n!r} names two things" for n in twice]
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ class Ready(Message):
     notes: tuple[str, ...]
     fingerprint: str
     load_s: float
+    adapters: dict[str, str] = {}  # digests by name
 
 
 class Failed(Message):

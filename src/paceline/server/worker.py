@@ -40,7 +40,12 @@ class Worker:
         self.engine: Engine = assembled.engine
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         probe = Probe(self.engine.runner, assembled.inspected.plan, self._idle)
-        self.verbs: dict[str, Verb] = {"operators": probe.ask, **cache_verbs(self.engine.runner.parts.tiers)}
+        self.verbs: dict[str, Verb] = {
+            "operators": probe.ask,
+            "load_adapter": lambda name, path: self.engine.load_adapter(name, path).digest,
+            "unload_adapter": lambda name: self.engine.unload_adapter(name),
+            **cache_verbs(self.engine.runner.parts.tiers),
+        }
         self._sending = threading.Lock()  # tiers answer from their own threads
         self._told = 0.0  # when the last gauge was sent
         self._stale = True  # whether anything has changed since
@@ -194,7 +199,9 @@ def load(sock: socket.socket, codec: wire.Codec, start: wire.Start) -> Worker | 
     plan, engine = assembled.inspected.plan, assembled.engine
     dropped = (f"{name} is off: {why}" for name, why in plan.refused.items())
     notes = (*plan.notes, *plan.model.notes, *assembled.model.notes, *dropped)
-    ready = wire.Ready(engine.serving, wire.plain(plan.describe()), notes, plan.fingerprint, time.monotonic() - before)
+    digests = {name: adapter.digest for name, adapter in engine.adapters.loaded.items()}
+    took = time.monotonic() - before
+    ready = wire.Ready(engine.serving, wire.plain(plan.describe()), notes, plan.fingerprint, took, digests)
     tell(ready)
     return Worker(sock, codec, assembled)
 

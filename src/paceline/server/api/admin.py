@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from starlette.types import ASGIApp
@@ -21,6 +21,18 @@ class ModelRequest(Body):
 class ReloadRequest(Body):
     model: str | None = None
     path: str | None = None
+
+
+class LoadAdapterRequest(Body):
+    """vLLM's names. lora_path: a folder on the server's machine."""
+
+    lora_name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
+    lora_path: str
+    model: str | None = None
+
+
+class UnloadAdapterRequest(Body):
+    lora_name: str
 
 
 class Done(msgspec.Struct):
@@ -55,7 +67,21 @@ async def unload_model(call: Call, body: ModelRequest) -> ASGIApp:
     return json(Done("unloaded"))
 
 
+async def load_lora_adapter(call: Call, body: LoadAdapterRequest) -> ASGIApp:
+    """Requests may name the adapter as their model from now on."""
+    await call.server.models.load_adapter(body.model, body.lora_name, body.lora_path)
+    return json(Done("loaded"))
+
+
+async def unload_lora_adapter(call: Call, body: UnloadAdapterRequest) -> ASGIApp:
+    """Requests that have begun keep the adapter to their end."""
+    await call.server.models.unload_adapter(body.lora_name)
+    return json(Done("unloaded"))
+
+
 ROUTES = [
+    Route("POST", "/v1/load_lora_adapter", load_lora_adapter, "Load an adapter.", LoadAdapterRequest, Done, admin=True),
+    Route("POST", "/v1/unload_lora_adapter", unload_lora_adapter, "Unload it.", UnloadAdapterRequest, Done, admin=True),
     Route("POST", "/admin/reload", reload_model, "Serve a model anew.", ReloadRequest, dict[str, Any], admin=True),
     Route("POST", "/admin/load", load_model, "Load a model.", ModelRequest, dict[str, Any], admin=True),
     Route("POST", "/admin/unload", unload_model, "Take a model out of memory.", ModelRequest, Done, admin=True),

@@ -46,7 +46,7 @@ class Call:
     async def model(self, name: str | None) -> Model:
         """The model a request names, loaded. Raises ApiError when there is none, or none for this key."""
         models = self.server.models
-        offer = models.first if name is None else models.offers.get(name)
+        offer = models.first if name is None else models.offers.get(name) or models.adapters.get(name)
         if offer is not None:
             need_model(self.identity, name or offer.names[0])
         found = await models.get(name)

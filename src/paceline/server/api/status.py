@@ -18,6 +18,7 @@ class ModelCard(msgspec.Struct):
     created: int
     owned_by: str
     max_model_len: int | None
+    parent: str | None = None  # of an adapter, the model it changes
 
 
 class ModelList(msgspec.Struct):
@@ -51,22 +52,25 @@ async def load(call: Call) -> ASGIApp:
 
 
 async def models(call: Call) -> ASGIApp:
-    names = [n for n in call.server.models.offers if call.identity.may_use(n)]
+    names = [n for n in (*call.server.models.offers, *call.server.models.adapters) if call.identity.may_use(n)]
     return json(ModelList("list", [card(call, n) for n in names]))
 
 
 async def model(call: Call) -> ASGIApp:
     name = call.http.path_params["model"]
-    if name not in call.server.models.offers or not call.identity.may_use(name):
+    known = call.server.models
+    if (name not in known.offers and name not in known.adapters) or not call.identity.may_use(name):
         raise ApiError(404, f"model: there is no {name[:200]!r} here", param="model", code="model_not_found")
     return json(card(call, name))
 
 
 def card(call: Call, name: str) -> ModelCard:
-    offer = call.server.models.offers[name]
-    loaded = call.server.models.loaded.get(offer.names[0])
+    models = call.server.models
+    offer = models.offers.get(name) or models.adapters[name]
+    loaded = models.loaded.get(offer.names[0])
     capacity = None if loaded is None or loaded.supervisor.ready is None else loaded.ready.serving.capacity
-    return ModelCard(name, "model", int(call.server.started), "paceline", capacity)
+    parent = offer.names[0] if name in models.adapters else None
+    return ModelCard(name, "model", int(call.server.started), "paceline", capacity, parent)
 
 
 async def plan(call: Call) -> ASGIApp:
@@ -85,7 +89,14 @@ async def plan_of(call: Call) -> ASGIApp:
 
 
 def described(m: Any) -> dict[str, Any]:
-    return {**m.ready.plan, "fingerprint": m.fingerprint, "names": list(m.offer.names), "notes": list(m.ready.notes)}
+    adapter = {"adapter": m.adapter, "adapter_digest": m.ready.adapters.get(m.adapter)} if m.adapter else {}
+    return {
+        **m.ready.plan,
+        **adapter,
+        "fingerprint": m.fingerprint,
+        "names": list(m.offer.names),
+        "notes": list(m.ready.notes),
+    }
 
 
 async def metrics(call: Call) -> ASGIApp:
