@@ -25,7 +25,7 @@ from paceline.checkpoints.templates import ChatTemplate
 from paceline.checkpoints.tokenizer import Tokenizer
 from paceline.checkpoints.vocab import Vocabulary
 from paceline.core.errors import ConfigError, RequestError
-from paceline.core.types import SamplingParams
+from paceline.core.types import Constraint, SamplingParams
 from paceline.server.dialects import added, detect, get, names, reads_parts, visible
 from paceline.server.dialects.base import Parser
 from paceline.server.dialects.events import (
@@ -38,7 +38,7 @@ from paceline.server.dialects.events import (
     Event,
     collect,
 )
-from paceline.server.dialects.grammar import MAX_CALLS, Function, chosen, constraint, functions
+from paceline.server.dialects.grammar import MAX_CALLS, Function, after_thoughts, chosen, constraint, functions
 from paceline.server.dialects.messages import conversation
 from paceline.server.dialects.reading import MAX_DEPTH
 from paceline.server.dialects.reasoning import TAGS, ReasoningParser, opens_reasoning, tags
@@ -729,3 +729,36 @@ def test_special_markers_reach_the_parser() -> None:
     assert set(added(tokenizer, MARKS)) == MARKS
     with pytest.raises(RequestError, match="show_special"):
         SamplingParams(show_special=[-1])
+
+
+CONSTRAINTS = [
+    (
+        Constraint("json_schema", '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'),
+        '{"a": 3}',
+        '{"a": "x"}',
+    ),
+    (Constraint("json_object"), '{"b": []}', "[]"),
+    (Constraint("regex", "[0-9]{2}"), "42", "4x"),
+    (Constraint("choice", '["red", "gr\\"een"]'), 'gr"een', "blue"),
+]
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize(("held", "good", "bad"), CONSTRAINTS, ids=lambda c: getattr(c, "kind", ""))
+def test_answers_behind_thoughts_are_held(held: Constraint, good: str, bad: str, marked: bool) -> None:
+    tokens = added(marked_tokenizer(), MARKS) if marked else {}
+    inside = after_thoughts(held, THINK, True, tokens).text
+    outside = after_thoughts(held, THINK, False, tokens).text
+    assert accepts(inside, f"hm {good} <x> hm\n</think>\n\n{good}", marked)
+    assert not accepts(inside, f"hm</think>\n\n{bad}", marked)
+    assert not accepts(inside, "hm and no more", marked)
+    assert accepts(outside, f"<think>hm</think>\n{good}", marked)
+    assert accepts(outside, good, marked)
+    assert not accepts(outside, bad, marked)
+
+
+def test_a_grammar_of_the_clients_cannot_follow_open_thoughts() -> None:
+    own = Constraint("grammar", 'start: "x"')
+    assert after_thoughts(own, THINK, False, {}) is own
+    with pytest.raises(RequestError, match="enable_thinking"):
+        after_thoughts(own, THINK, True, {})

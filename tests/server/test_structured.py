@@ -190,3 +190,33 @@ def test_a_model_without_tools_says_so() -> None:
         if s.server.models.loaded["lab-8m"].front.dialect == "plain":
             assert r.status_code == 400
             assert r.json()["error"]["param"] == "tools"
+
+
+THINKING = "{# thoughts end with </think> #}" + HERMES.replace(
+    "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def test_thoughts_may_come_before_a_constrained_answer(tmp_path: Path) -> None:
+    """The prompt opens a block of thoughts, which the constraint leaves free (`test_dialects` has what the grammar accepts)."""
+    shutil.copytree(lab.path(), tmp_path / "thinker")
+    config = json.loads((tmp_path / "thinker/tokenizer_config.json").read_text())
+    (tmp_path / "thinker/tokenizer_config.json").write_text(json.dumps({**config, "chat_template": THINKING}))
+    (tmp_path / "thinker/chat_template.jinja").unlink(missing_ok=True)
+    with served(str(tmp_path / "thinker")) as s, s.client() as c:
+        assert s.server.models.loaded["lab-8m"].front.tags is not None
+        for form in (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+            {"structured_outputs": {"choice": ["red", "green"]}},
+            {"structured_outputs": {"regex": "[0-9]{4}"}},
+            {"response_format": {"type": "json_object"}},
+        ):
+            r = c.post("/v1/chat/completions", json={"messages": ASK, "max_tokens": 20, **form})
+            assert r.status_code == 200, r.text
+            message = r.json()["choices"][0]["message"]
+            assert message["reasoning_content"]
+            assert not message["content"]
+        grammar = {"structured_outputs": {"grammar": 'start: "x"'}}
+        refused = c.post("/v1/chat/completions", json={"messages": ASK, **grammar})
+        assert refused.status_code == 400
+        assert "enable_thinking" in refused.json()["error"]["message"]

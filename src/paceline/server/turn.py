@@ -150,8 +150,11 @@ def _constrained(model: Model, prompt: str, asked: Asked, functions: Any, dialec
     lark = grammar.constraint(
         dialect, functions, asked.tool_choice, parallel=asked.parallel_calls, tokens=tokens, tags=tags, inside=inside
     )
+    given = asked.params.constraint
     if lark is None:
-        return asked.params
+        if given is None or tags is None:
+            return asked.params
+        return asked.params.with_(constraint=grammar.after_thoughts(given, tags, inside, tokens))
     if asked.params.constraint is not None:
         raise RequestError(
             "tool_choice: calls that are required or strict cannot be combined with a format of the answer; leave one out"

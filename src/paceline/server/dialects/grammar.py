@@ -8,7 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import llguidance
+
 from paceline.core.errors import RequestError
+from paceline.core.types import Constraint
 
 if TYPE_CHECKING:
     from paceline.server.dialects.base import Parser
@@ -144,6 +147,37 @@ def constraint(
     rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(allowed))))
     thoughts = list(_thoughts(tags, inside, tokens))
     return "\n".join([f"start: {'thoughts ' if thoughts else ''}answer", *thoughts, *rules]) + "\n"
+
+
+def after_thoughts(constraint: Constraint, tags: Tags, inside: bool, tokens: Mapping[str, int]) -> Constraint:
+    """The same constraint for a model that may think first: thoughts stay free, what follows them is held to it.
+
+    tags, inside, tokens: as for `constraint`. Raises RequestError for a grammar of the client's, whose rules could meet ours.
+    """
+    answer = _whole(constraint)
+    if answer is None and not inside:
+        return constraint
+    if answer is None:
+        raise RequestError(
+            "structured_outputs.grammar: cannot follow thoughts, which this prompt has opened; switch them off "
+            '(chat_template_kwargs {"enable_thinking": false}), or use json, regex or choice'
+        )
+    rules = ["start: thoughts answer", *_thoughts(tags, inside, tokens), *answer]
+    return Constraint("grammar", "\n".join(rules) + "\n")
+
+
+def _whole(constraint: Constraint) -> list[str] | None:
+    """The rule `answer` for a constraint; None for a grammar, which has rules of its own."""
+    kind, text = constraint.kind, constraint.text
+    if kind == "json_object":
+        return ['answer: %json {"type": "object"}']
+    if kind == "json_schema":
+        return [f"answer: %json {text}"]
+    if kind == "regex":
+        return [f"answer: WHOLE\nWHOLE: /{llguidance.regex_to_lark(text, 'd')}/"]
+    if kind == "choice":
+        return ["answer: " + " | ".join(json.dumps(c, ensure_ascii=False) for c in json.loads(text))]
+    return None
 
 
 def _calls(form: Form, parallel: bool, tokens: Mapping[str, int], skip: int = 0) -> str:
