@@ -350,3 +350,28 @@ def test_wishes_of_a_request_reach_the_engine(server: Served) -> None:
         del server.supervisor.submit
     (request,) = seen
     assert (request.priority, request.salt, request.ttft_target, request.tpot_target) == (-3, "/s", 0.5, 0.1)
+
+
+def test_a_suffix_goes_where_code_models_expect_it() -> None:
+    import asyncio
+    from types import SimpleNamespace
+
+    import tokenizers
+
+    from paceline import lab
+    from paceline.checkpoints.tokenizer import Tokenizer
+    from paceline.checkpoints.vocab import Vocabulary
+    from paceline.server.api.completions import _around
+
+    backend = tokenizers.Tokenizer.from_file(str(lab.path() / "tokenizer.json"))
+    backend.add_special_tokens(["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"])
+    tokenizer = Tokenizer(Vocabulary(backend, {}, frozenset()))
+
+    async def encode(text: str, **how: Any) -> list[int]:
+        return tokenizer.encode(text, **how)
+
+    model: Any = SimpleNamespace(tokenizer=tokenizer, encode=encode)
+    tokens = asyncio.run(_around(model, "def f(", "<|fim_middle|> return x"))
+    text = tokenizer.decode(tokens, skip_special_tokens=False)
+    assert text == "<|fim_prefix|>def f(<|fim_suffix|><|fim_middle|> return x<|fim_middle|>"
+    assert tokens.count(backend.token_to_id("<|fim_middle|>")) == 1  # a marker in the client's text is text
