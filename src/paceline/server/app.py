@@ -14,6 +14,7 @@ from starlette.routing import Route as HttpRoute
 from starlette.types import ASGIApp
 
 from paceline import __version__
+from paceline.checkpoints.template_meter import Limits
 from paceline.server import schema
 from paceline.server.access import Gate
 from paceline.server.api import Call, Route, routes
@@ -39,7 +40,11 @@ class Server:
         self.traces = traces(settings.observe.otel_endpoint)
         life = settings.life
         self.models = Models(
-            offers, Restarts(life.max_restarts, life.restart_window), settings.serving.model_memory, self._observe
+            offers,
+            Restarts(life.max_restarts, life.restart_window),
+            settings.serving.model_memory,
+            self._observe,
+            Limits(seconds=settings.bounds.template_timeout),
         )
         self.plans: dict[str, Any] = {}  # every configuration that has run, by fingerprint
         self.document = schema.openapi(routes(), __version__)

@@ -145,11 +145,12 @@ class Supervisor:
         if problems:
             raise RequestError("; ".join(dict.fromkeys(problems)))
         queue: Pieces = asyncio.Queue()
-        streams = [self.submit(r, queue) for r in requests]
-        places = {stream: i for i, stream in enumerate(streams)}
+        streams: list[Stream] = []
         end = None if deadline_s is None else time.monotonic() + deadline_s
-        n_open = len(streams)
+        n_open = len(requests)
         try:
+            streams += [self.submit(r, queue) for r in requests]
+            places = {stream: i for i, stream in enumerate(streams)}
             while n_open:
                 items = []
                 for stream, item in await _gathered(queue, end):
@@ -202,7 +203,11 @@ class Supervisor:
         for stream in to_take_back:
             self._take_back(stream)
         for stream in to_send:
-            self._link.send(stream.submission())
+            try:
+                self._link.send(stream.submission())
+            except (OverflowError, TypeError, ValueError) as e:  # it cannot be written down, which is its fault alone
+                del self._live[stream.request.id]
+                stream.end(RequestError(f"the request cannot be sent to the engine ({e})"))
         if to_send:
             self._heard = time.monotonic()
 
