@@ -1,4 +1,4 @@
-"""Attacks by what a request says, and the list of all attacks and faults that are tested, with the place of each.
+"""Attacks by what a request says; `attacks.py` lists all attacks and faults that are tested, with the place of each.
 
 Each test here asks the real server with a real worker, and wants: the status and shape of an error, an event loop that is never held
 up (`siege.unshaken`), nothing left behind, and memory that does not grow.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attacks import WHERE
 from served import CONFIG, Served, eventually, served
 from siege import growth, is_error, post, unshaken
 
@@ -26,118 +27,6 @@ TESTS = Path(__file__).resolve().parents[1]
 SOURCE = TESTS.parent / "src" / "paceline"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 Q: Any = [{"role": "user", "content": "hi"}]
-
-# The attacks and faults that are known of other engines, and where each is tested: files below tests/, and functions in them.
-WHERE: dict[int, tuple[str, dict[str, str]]] = {
-    1: ("pickle in weights", {
-        "checkpoints/test_folder.py": "test_pickles_are_refused_with_the_remedy",
-        "checkpoints/test_hub.py": "test_pickles_are_never_chosen"}),
-    2: ("loaders that run code after all", {"server/test_attacks.py": "test_no_code_is_made_of_data"}),
-    3: ("GGUF counts and sizes", {
-        "checkpoints/test_gguf_file.py": "test_counts_that_the_file_cannot_hold test_extents test_offsets",
-        "fuzz/test_fuzz_checkpoints.py": "test_mutated_files_are_read_or_refused"}),
-    4: ("GGUF alignment", {"checkpoints/test_gguf_file.py": "test_alignment"}),
-    5: ("GGUF vocabulary", {"checkpoints/test_vocab.py": "test_hostile_metadata_is_refused"}),
-    6: ("hardening that makes loading slow", {
-        "checkpoints/test_gguf_file.py": "test_a_real_vocabulary_opens_quickly_and_in_proportion",
-        "checkpoints/test_safetensors.py": "test_opening_many_tensors_is_fast"}),
-    7: ("templates that run code", {"checkpoints/test_templates.py": "test_escapes_are_refused"}),
-    8: ("templates without end", {
-        "checkpoints/test_templates.py": "test_endless_templates_end test_time_is_bounded test_output_is_bounded",
-        "server/test_attacks.py": "test_templates_of_requests_are_bounded"}),
-    9: ("holes in the sandbox", {
-        "checkpoints/test_templates.py": "test_escapes_are_refused", "fuzz/test_fuzz_template.py": "test_mutated_templates"}),
-    10: ("code beside a checkpoint", {"server/test_attacks.py": "test_code_beside_a_checkpoint_is_never_run"}),
-    11: ("short files, full disks, broken downloads", {
-        "checkpoints/test_safetensors.py":
-            "test_truncated_at_any_point test_a_file_that_shrinks_while_open_is_refused_not_fatal test_a_full_disk_leaves_nothing",
-        "checkpoints/test_gguf_file.py": "test_truncated_at_every_byte test_a_file_that_shrinks_while_open_is_refused_not_fatal",
-        "checkpoints/test_hub.py": "test_an_interrupted_download_says_so"}),
-    12: ("n without bound", {"server/test_attacks.py": "test_hostile_bodies_are_refused_in_passing"}),
-    13: ("logprobs without bound", {"server/test_attacks.py": "test_hostile_bodies_are_refused_in_passing"}),
-    14: ("many stop strings", {"server/test_attacks.py": "test_hostile_bodies_are_refused_in_passing"}),
-    15: ("tokens outside the vocabulary", {"server/test_attacks.py": "test_hostile_bodies_are_refused_in_passing"}),
-    16: ("negative and huge numbers", {"server/test_attacks.py": "test_no_number_breaks_the_way_to_the_worker"}),
-    17: ("template variables that replace our own", {"server/test_attacks.py": "test_hostile_bodies_are_refused_in_passing"}),
-    18: ("malformed tools, empty prompts", {
-        "server/test_attacks.py": "test_hostile_bodies_are_refused_in_passing",
-        "server/test_dialects.py": "test_wrong_tools_are_named"}),
-    19: ("bad and bomb-like schemas and expressions", {
-        "server/test_attacks.py": "test_compile_bombs_are_refused_beside_others",
-        "server/test_structured.py": "test_what_cannot_be_kept_is_named",
-        "engine/test_constrained.py": "test_what_cannot_be_kept_is_refused_with_its_reason test_large_but_harmless"}),
-    20: ("constraints that fail open", {
-        "engine/test_constrained.py":
-            "test_a_matcher_that_fails_ends_the_sequence test_without_the_technique_or_a_tokenizer_requests_are_refused"}),
-    21: ("faults inside the grammar engine", {
-        "engine/test_constrained.py":
-            "test_a_matcher_that_fails_ends_the_sequence test_the_helper_process_is_replaced_when_lost_and_ended_on_close"}),
-    22: ("huge headers and bodies, chunks without end", {
-        "server/test_guard.py": "test_many_and_long_headers_are_refused test_a_body_too_large_is_refused_by_its_length_unread",
-        "server/test_wire.py": "test_a_chunked_body_without_end_is_cut test_headers_without_end_are_cut",
-        "server/test_connections.py": "test_tiny_chunks_hold_nobody_up"}),
-    23: ("quadratic work over a history", {"server/test_attacks.py": "test_long_texts_hold_nobody_up"}),
-    24: ("embedding and base64 bombs", {"server/test_attacks.py": "test_hostile_bodies_are_refused_in_passing"}),
-    25: ("pictures, sound and film", {"server/test_attacks.py": "test_media_are_refused_and_nothing_is_fetched"}),
-    26: ("requests forged by a media URL", {"server/test_attacks.py": "test_media_are_refused_and_nothing_is_fetched"}),
-    27: ("file:// and ways out of a folder", {
-        "server/test_attacks.py": "test_media_are_refused_and_nothing_is_fetched test_names_of_models_are_no_paths",
-        "checkpoints/test_folder.py": "test_index_cannot_leave_the_folder"}),
-    28: ("transfer parameters", {"server/test_attacks.py": "test_hostile_bodies_are_refused_in_passing"}),
-    29: ("confused parsers of calls", {
-        "server/test_dialects.py":
-            "test_cuts_make_no_difference test_no_text_is_lost test_depth_and_number_of_calls_are_bounded test_work_is_linear"}),
-    30: ("routes outside the guard", {
-        "server/test_attacks.py": "test_every_route_is_guarded",
-        "server/test_guard.py": "test_unknown_and_disguised_paths_stay_closed"}),
-    31: ("timing of the key comparison", {"server/test_access.py": "test_every_key_is_compared_whole_and_in_constant_time"}),
-    32: ("timing of the prefix cache", {
-        "server/test_attacks.py": "test_identities_never_share_a_prefix",
-        "engine/test_tiers.py": "test_identities_never_share",
-        "core/test_radix.py": "test_salts_are_separate_and_vanish_when_empty"}),
-    33: ("collisions of prefix hashes", {
-        "core/test_blocks.py": "test_tokens_are_compared_and_not_only_their_hash",
-        "core/test_radix.py": "test_a_text_that_differs_in_the_middle_ends_there"}),
-    34: ("pickle between processes, routes that change weights", {
-        "server/test_attacks.py": "test_no_code_is_made_of_data", "server/test_faults.py": "test_only_the_front_listens"}),
-    35: ("listeners on all interfaces", {"server/test_faults.py": "test_only_the_front_listens"}),
-    36: ("errors that tell internals", {
-        "server/test_attacks.py": "test_errors_tell_no_internals",
-        "server/test_guard.py": "test_exceptions_become_errors_without_internals"}),
-    37: ("pages that act by their address, CORS", {
-        "server/test_page.py": "test_the_address_makes_the_page_do_nothing",
-        "server/test_guard.py": "test_foreign_pages_are_refused test_cors_is_for_the_origins_listed_and_never_with_credentials",
-        "server/test_attacks.py": "test_reading_an_address_changes_nothing"}),
-    38: ("paths in requests", {"server/test_attacks.py": "test_only_administrators_name_paths"}),
-    39: ("clients who leave", {"server/test_faults.py": "test_clients_may_leave_at_any_moment"}),
-    40: ("readers who do not read", {
-        "server/test_connections.py": "test_who_does_not_read_a_stream_is_dropped test_who_does_not_read_an_answer_is_cut",
-        "server/test_sse.py": "test_who_takes_nothing_is_given_up"}),
-    41: ("workers that die or hang", {
-        "server/test_supervisor.py":
-            "test_kill_9_in_the_middle_of_streams_loses_and_repeats_nothing test_a_worker_that_hangs_is_ended "
-            "test_who_ends_the_worker_twice_is_refused_and_its_neighbours_finish "
-            "test_too_many_deaths_end_every_stream_with_a_reason",
-        "server/test_faults.py": "test_a_lost_grammar_helper_is_replaced"}),
-    42: ("reloading under load", {
-        "server/test_faults.py": "test_reload_and_unload_lose_no_request",
-        "server/test_chat.py": "test_reload_finishes_what_runs_on_the_old_model_and_serves_the_new_one"}),
-    43: ("leaks", {
-        "server/test_attacks.py": "test_memory_does_not_grow",
-        "server/test_faults.py": "test_clients_may_leave_at_any_moment"}),
-    44: ("NaN, damaged KV blocks", {
-        "server/test_faults.py": "test_numbers_that_overflow_fail_the_request_and_nothing_else",
-        "engine/test_engine.py": "test_unusable_logits_fail_only_their_request",
-        "models/test_model_loader.py": "test_weights_that_are_no_numbers_are_an_error",
-        "engine/test_tiers.py": "test_damaged_blocks_are_dropped_and_never_used"}),
-    45: ("wrong instruction set", {"server/test_faults.py": "test_an_unknown_instruction_set_is_told"}),
-    46: ("overflow, signals, clocks, ports, disks", {
-        "server/test_attacks.py": "test_a_full_queue_says_when_to_come_back test_the_clock_of_the_wall_may_jump",
-        "server/test_chat.py": "test_a_prompt_that_is_too_long_has_its_own_code",
-        "server/test_faults.py":
-            "test_the_first_signal_drains_and_the_second_ends_at_once test_a_port_in_use_is_told",
-        "core/test_stores.py": "test_a_full_disk_pauses_writing_and_nothing_else"}),
-}  # fmt: skip
 
 
 def test_every_attack_has_its_test() -> None:
@@ -264,7 +153,10 @@ def test_compile_bombs_are_refused_beside_others(server: Served) -> None:
         with unshaken(server):
             for name, form in BOMBS.items():
                 r = post(c, TEXT, {"prompt": "x", "max_tokens": 4, **form})
-                assert r.status_code == 400 or (r.status_code == 200 and name in ("backtracking", "many optional")), (name, r.text)
+                assert r.status_code == 400 or (r.status_code == 200 and name in ("backtracking", "many optional")), (
+                    name,
+                    r.text,
+                )
         asking.join(60)
         assert found == [want]
     assert server.supervisor.n_restarts == 0
@@ -344,7 +236,15 @@ def test_media_are_refused_and_nothing_is_fetched(server: Served) -> None:
 
 
 def test_names_of_models_are_no_paths(server: Served) -> None:
-    for name in ("../../../etc/passwd", "/etc/passwd", "lab-1m", "file:///etc/passwd", "lab-8m/../lab-1m", "\u0000", "x" * 100_000):
+    for name in (
+        "../../../etc/passwd",
+        "/etc/passwd",
+        "lab-1m",
+        "file:///etc/passwd",
+        "lab-8m/../lab-1m",
+        "\u0000",
+        "x" * 100_000,
+    ):
         with server.client() as c:
             e = is_error(post(c, TEXT, {"model": name, "prompt": "x"}), 404)
             assert e["code"] == "model_not_found"
@@ -380,7 +280,12 @@ def test_no_code_is_made_of_data() -> None:
             if not isinstance(node, ast.Call):
                 continue
             name = ast.unparse(node.func)
-            if name in CODE or name in ("torch.load", "yaml.load", "marshal.loads") or "pickle." in name or name.startswith("builtins."):
+            if (
+                name in CODE
+                or name in ("torch.load", "yaml.load", "marshal.loads")
+                or "pickle." in name
+                or name.startswith("builtins.")
+            ):
                 found.append((str(path.relative_to(SOURCE)), name))
             if any(k.arg in ("allow_pickle", "trust_remote_code", "shell") for k in node.keywords):
                 found.append((str(path.relative_to(SOURCE)), ast.unparse(node)))
@@ -423,8 +328,8 @@ def test_every_route_is_guarded(keyed: Served) -> None:
                 r = c.request(route.method, path, headers=auth(USER), content=b"{}")
                 assert is_error(r, 403)["type"] == "permission_error"
         assert {r.path for r in routes() if r.public} <= {"/health", "/ready"}
-        for path in ("/invocations", "/pause", "/collective_rpc", "/score", "/v1/load_lora_adapter", "/update_weights", "/admin/x", "/slots",
-                     "/v1/files", "/docs", "/debug", "/static/../admin/load", "/props", "/lora-adapters"):  # fmt: skip
+        for path in ("/invocations", "/pause", "/collective_rpc", "/score", "/v1/load_lora_adapter", "/update_weights", "/admin/x",
+                     "/slots", "/v1/files", "/docs", "/debug", "/static/../admin/load", "/props", "/lora-adapters"):  # fmt: skip
             is_error(c.post(path, content=b"{}"), 401, 404)
             is_error(c.post(path, headers=auth(USER), content=b"{}"), 403, 404, 405)
 
@@ -461,7 +366,9 @@ def test_reading_an_address_changes_nothing(server: Served) -> None:
             assert c.get(path).status_code == 200
         for path in (CHAT, TEXT, "/admin/unload", "/admin/load", "/tokenize"):
             is_error(c.get(f"{path}?prompt=x"), 405)
-            is_error(c.post(path, content=b"prompt=x", headers={"content-type": "application/x-www-form-urlencoded"}), 415)
+            is_error(
+                c.post(path, content=b"prompt=x", headers={"content-type": "application/x-www-form-urlencoded"}), 415
+            )
             is_error(c.post(path, content=b'{"prompt": "x"}', headers={"content-type": "text/plain"}), 415)
     assert server.server.metrics.totals("lab-8m") == before[1]
 
@@ -476,16 +383,34 @@ def test_errors_tell_no_internals(server: Served, monkeypatch: pytest.MonkeyPatc
     with server.client() as c:
         with monkeypatch.context() as m:
             m.setattr(Answer, "check", broken)
-            for path, body in ((CHAT, {"messages": Q}), (TEXT, {"prompt": "x"}), (CHAT, {"messages": Q, "stream": True})):
+            for path, body in (
+                (CHAT, {"messages": Q}),
+                (TEXT, {"prompt": "x"}),
+                (CHAT, {"messages": Q, "stream": True}),
+            ):
                 r = post(c, path, body)
                 assert "req-" in is_error(r, 500)["message"]
                 told.append(r.text)
-        told += [post(c, path, {**({"messages": Q} if path == CHAT else {}), **more}).text for path, more in HOSTILE.values()]
+        told += [
+            post(c, path, {**({"messages": Q} if path == CHAT else {}), **more}).text for path, more in HOSTILE.values()
+        ]
         for raw in (b"{", b"\xff", b"[" * 5000, b"{}", b'{"prompt": 1e999}'):
             told.append(post(c, TEXT, raw).text)
         told += [c.get("/nowhere").text, c.put(TEXT, json={}).text, c.get("/plan/" + "x" * 1000).text]
     for text in told:
-        for word in ("Traceback", ".py", "paceline.", "/tmp", "/home", "/usr", "msgspec", "starlette", "KeyError", "object at 0x", "secret"):
+        for word in (
+            "Traceback",
+            ".py",
+            "paceline.",
+            "/tmp",
+            "/home",
+            "/usr",
+            "msgspec",
+            "starlette",
+            "KeyError",
+            "object at 0x",
+            "secret",
+        ):
             assert word not in text, (word, text[:300])
 
 
@@ -542,7 +467,10 @@ def test_memory_does_not_grow(server: Served) -> None:
         for name, (path, _) in HOSTILE.items()
         if name in ("n", "all logprobs", "a long stop string", "prompt outside", "variables nested", "embeds")
     ]
-    served_too = [{"prompt": "x", "max_tokens": 2, "logprobs": 20, "n": 4}, {"prompt": "x", "max_tokens": 2, "stream": True}]
+    served_too = [
+        {"prompt": "x", "max_tokens": 2, "logprobs": 20, "n": 4},
+        {"prompt": "x", "max_tokens": 2, "stream": True},
+    ]
     with server.client() as c:
 
         def all_of_them() -> None:

@@ -121,7 +121,8 @@ def test_tiny_chunks_hold_nobody_up(server: Served) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"\x16\x03\x01\x02\x00\x01\x00", b"GET / HTTP/9.9\r\n\r\n", b"\r\n\r\n\r\n", b"GET /\x00 HTTP/1.1\r\nHost: x\r\n\r\n", b"\xff" * 100_000,
+    [b"\x16\x03\x01\x02\x00\x01\x00", b"GET / HTTP/9.9\r\n\r\n", b"\r\n\r\n\r\n", b"GET /\x00 HTTP/1.1\r\nHost: x\r\n\r\n",
+     b"\xff" * 100_000,
      HEAD + b"A" * 100_000 + b"\r\n\r\n", HEAD + b"Transfer-Encoding: chunked\r\n\r\nfffffffffffffffffffff\r\n",
      HEAD + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n", HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
      b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", HEAD + b"Expect: x\r\nUpgrade: websocket\r\nConnection: upgrade\r\nContent-Length: 2\r\n\r\n{}"],

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.routing import Route as HttpRoute
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from paceline import __version__
 from paceline.checkpoints.template_meter import Limits
@@ -100,11 +100,27 @@ def _endpoint(server: Server, route: Route) -> Callable[[Request], Awaitable[Any
 
     async def endpoint(request: Request) -> Any:
         call = Call(server, request)
-        if route.body is None:
-            return await route.endpoint(call)
-        return await route.endpoint(call, schema.parse(await request.body(), route.body))
+        try:
+            bodies = () if route.body is None else (schema.parse(await request.body(), route.body),)
+            answer = await route.endpoint(call, *bodies)
+        except BaseException:
+            call.close()
+            raise
+        return _closing(call, answer)
 
     return endpoint
+
+
+def _closing(call: Call, answer: ASGIApp) -> ASGIApp:
+    """An answer after which its call is over."""
+
+    async def whole(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await answer(scope, receive, send)
+        finally:
+            call.close()
+
+    return whole
 
 
 def _lifespan(server: Server) -> Callable[[Starlette], Any]:

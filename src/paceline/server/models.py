@@ -105,11 +105,17 @@ class Model:
     loaded: float = field(default_factory=time.time)
     used: float = field(default_factory=time.monotonic)
     probing: asyncio.Lock = field(default_factory=asyncio.Lock)  # one measurement of operators at a time
+    n_calls: int = 0  # that use it, also those that are still being prepared or written out
     _encoding: int = 0  # texts being encoded in other threads
 
     @property
     def name(self) -> str:
         return self.offer.names[0]
+
+    @property
+    def n_open(self) -> int:
+        """What would be cut off if it went now."""
+        return max(self.n_calls, self.supervisor.n_live)
 
     @property
     def ready(self) -> wire.Ready:
@@ -261,7 +267,7 @@ class Models:
                 503, f"this model needs {n_bytes >> 20} MiB, more than the {self._memory >> 20} MiB for all models"
             )
         while sum(m.front.plan.peak_bytes for m in self.loaded.values()) + n_bytes > self._memory:
-            idle = [m for m in self.loaded.values() if not m.supervisor.n_live]
+            idle = [m for m in self.loaded.values() if not m.n_open]
             if not idle:
                 raise Unavailable("memory is full of models that are in use; try again later")
             await self.unload(min(idle, key=lambda m: m.used).name)
@@ -320,7 +326,7 @@ class Models:
 async def _until_idle(models: Iterable[Model], seconds: float) -> int:
     """Wait until these serve nothing, at most so long; how many requests are left."""
     models, end = list(models), time.monotonic() + seconds
-    while (n := sum(m.supervisor.n_live for m in models)) and time.monotonic() < end:
+    while (n := sum(m.n_open for m in models)) and time.monotonic() < end:
         await asyncio.sleep(0.05)
     return n
 
