@@ -23,11 +23,12 @@ CONFIG = EngineConfig(context=1024, threads=1, kv_memory=64 << 20)
 
 @dataclass
 class Served:
-    """url: without a slash at the end. run: a coroutine on the server's own loop, from the test's thread."""
+    """url: without a slash at the end. connections: open ones. run: a coroutine on the server's own loop, from the test's thread."""
 
     url: str
     server: Server
     loop: asyncio.AbstractEventLoop
+    connections: set[Any]
 
     def run(self, coroutine: Any, timeout: float = 30) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout)
@@ -72,7 +73,10 @@ def served(
         try:
             await server.start()
             found.update(
-                url=f"http://127.0.0.1:{sock.getsockname()[1]}", server=server, loop=asyncio.get_running_loop()
+                url=f"http://127.0.0.1:{sock.getsockname()[1]}",
+                server=server,
+                loop=asyncio.get_running_loop(),
+                connections=http.server_state.connections,
             )
             while not http.started:
                 await asyncio.sleep(0.01)

@@ -7,11 +7,15 @@ tokenizer.json is authoritative: its post-processor alone decides whether BOS an
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+# batches of one gain nothing by threads, and the library warns when a process that has used them forks
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import tokenizers
 from tokenizers import AddedToken, models
@@ -97,7 +101,8 @@ class Tokenizer:
         try:
             with self._lock:
                 self.backend.encode_special_tokens = not parse_special
-                return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+                # a batch of one: unlike `encode` it lets other threads run meanwhile, and keeps no offsets
+                return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except (UnicodeError, TypeError) as e:
             raise RequestError(f"prompt: is not valid Unicode text ({e}); remove unpaired surrogates") from e
         except Exception as e:  # the library raises bare Exception for what its model cannot express
@@ -109,7 +114,8 @@ class Tokenizer:
         try:
             # left out here and not by the library, which goes by text and misses special tokens marked as normalized
             left_out = self.special_ids if skip_special_tokens else frozenset()
-            return self.backend.decode([int(i) for i in ids if i not in left_out], skip_special_tokens=False)
+            kept = [int(i) for i in ids if i not in left_out]
+            return self.backend.decode_batch([kept], skip_special_tokens=False)[0]  # lets other threads run meanwhile
         except (OverflowError, TypeError, ValueError) as e:
             raise RequestError(f"token ids: must be integers from 0 to 2^32-1 ({e})") from e
 

@@ -5,6 +5,7 @@ An `Answer` is one API call's generation. It admits the call under its key's quo
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -78,10 +79,10 @@ class Answer:
         self.field, self.window = field, window
         who = call.identity
         own = f"{who.name}/{service.salt}" if service.salt else who.name
-        now = time.perf_counter()
+        now, ours = time.perf_counter(), secrets.token_hex(4)  # call.id may be the client's own, and given twice
         self.requests = [
             Request(
-                f"{call.id}-{i}",
+                f"{call.id}-{ours}-{i}",
                 tuple(tokens),
                 params,
                 generate=generate,

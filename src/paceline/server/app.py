@@ -11,9 +11,10 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.routing import Route as HttpRoute
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from paceline import __version__
+from paceline.checkpoints.template_meter import Limits
 from paceline.server import schema
 from paceline.server.access import Gate
 from paceline.server.api import Call, Route, routes
@@ -40,7 +41,11 @@ class Server:
         self.traces = traces(settings.observe.otel_endpoint)
         life = settings.life
         self.models = Models(
-            offers, Restarts(life.max_restarts, life.restart_window), settings.serving.model_memory, self._observe
+            offers,
+            Restarts(life.max_restarts, life.restart_window),
+            settings.serving.model_memory,
+            self._observe,
+            Limits(seconds=settings.bounds.template_timeout),
         )
         self.stored = Stored()
         self.plans: dict[str, Any] = {}  # every configuration that has run, by fingerprint
@@ -97,11 +102,27 @@ def _endpoint(server: Server, route: Route) -> Callable[[Request], Awaitable[Any
 
     async def endpoint(request: Request) -> Any:
         call = Call(server, request)
-        if route.body is None:
-            return await route.endpoint(call)
-        return await route.endpoint(call, schema.parse(await request.body(), route.body))
+        try:
+            bodies = () if route.body is None else (schema.parse(await request.body(), route.body),)
+            answer = await route.endpoint(call, *bodies)
+        except BaseException:
+            call.close()
+            raise
+        return _closing(call, answer)
 
     return endpoint
+
+
+def _closing(call: Call, answer: ASGIApp) -> ASGIApp:
+    """An answer after which its call is over."""
+
+    async def whole(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await answer(scope, receive, send)
+        finally:
+            call.close()
+
+    return whole
 
 
 def _lifespan(server: Server) -> Callable[[Starlette], Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Scope
 
@@ -29,6 +29,7 @@ _KINDS: Mapping[int, tuple[str, str | None]] = {
     421: ("invalid_request_error", "misdirected_request"),
     429: ("rate_limit_error", "rate_limit_exceeded"),
     431: ("invalid_request_error", "headers_too_large"),
+    499: ("invalid_request_error", "client_gone"),
     500: ("server_error", "internal_error"),
     503: ("overloaded", "overloaded"),
 }
@@ -116,6 +117,8 @@ def from_exception(e: BaseException, request_id: str | None = None) -> ApiError:
         return ApiError(500, str(e), code="engine_fault")
     if isinstance(e, HTTPException):
         return _from_http(e)
+    if isinstance(e, ClientDisconnect):  # for the log; nobody reads it
+        return ApiError(499, "the client has left")
     return internal(request_id)
 
 
@@ -138,5 +141,5 @@ async def _handle(request: Request, e: Exception) -> Response:
 
 def handlers() -> dict[Any, Handler]:
     """`Starlette(exception_handlers=handlers())`. What no request can be blamed for also rises to the guard, which logs it."""
-    known = (ApiError, RequestError, TemplateError, OutOfMemory, HTTPException, Exception)
+    known = (ApiError, RequestError, TemplateError, OutOfMemory, HTTPException, ClientDisconnect, Exception)
     return dict.fromkeys(known, _handle)

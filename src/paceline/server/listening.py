@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+import signal
 import socket
 import stat
+import threading
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import uvicorn
 
 from paceline.core.errors import ConfigError
-from paceline.server.settings import Listen, ServeSettings, tls_context
+from paceline.server.connections import Connection, Limits
+from paceline.server.settings import Bounds, Listen, ServeSettings, tls_context
 
 KEEP_ALIVE_S = 75
+SPARE = 64  # connections beyond those that may be served, so that /health still answers
+OWN_FILES = 256  # descriptors for all else
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def bind(listen: Listen) -> socket.socket:
@@ -47,13 +57,52 @@ def _unix(path: str) -> socket.socket:
     return sock
 
 
-def http_server(app: Any, settings: ServeSettings) -> uvicorn.Server:
+class HttpServer(uvicorn.Server):
+    """uvicorn's server, with the signals of this project: the first drains and ends well, the second ends at once."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self.force_exit = True
+            for connection in list(self.server_state.connections):
+                connection.loop.call_soon_threadsafe(connection.transport.abort)
+        self.should_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """While serving. A signal that has been heeded is not raised again: ending because of it is no failure."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def limits(bounds: Bounds) -> Limits:
+    """What connections may keep. As many as asked for, or as the system allows this process to open."""
+    most = bounds.max_connections + SPARE
+    try:
+        import resource
+    except ImportError:  # not a POSIX system
+        return Limits(bounds.header_timeout, bounds.write_timeout, bounds.stream_buffer, most)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < most + OWN_FILES:
+        soft = most + OWN_FILES if hard == resource.RLIM_INFINITY else min(hard, most + OWN_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        most = min(most, max(16, soft - OWN_FILES))
+    return Limits(bounds.header_timeout, bounds.write_timeout, bounds.stream_buffer, most)
+
+
+def http_server(app: Any, settings: ServeSettings) -> HttpServer:
     """The HTTP server for an application, with the bounds of the settings."""
     listen, bounds = settings.listen, settings.bounds
     config = uvicorn.Config(
         app,
         root_path=listen.root_path,
-        http="h11",  # bounds the size of headers
+        http=functools.partial(Connection, limits=limits(bounds)),  # type: ignore[arg-type]  # any factory will do
         log_config=None,
         access_log=False,
         server_header=False,
@@ -63,8 +112,7 @@ def http_server(app: Any, settings: ServeSettings) -> uvicorn.Server:
         proxy_headers=bool(listen.trusted_proxies),
         forwarded_allow_ips=list(listen.trusted_proxies) or None,
         ws="none",
-        backlog=min(bounds.max_connections, 4096),
     )
     config.load()
     config.ssl = tls_context(listen)
-    return uvicorn.Server(config)
+    return HttpServer(config)

@@ -19,6 +19,7 @@ from typing import Any
 from paceline.assemble import end_tokens, inspect
 from paceline.checkpoints import templates
 from paceline.checkpoints.pooling import Pooling, read_pooling
+from paceline.checkpoints.template_meter import Limits
 from paceline.checkpoints.tokenizer import Tokenizer
 from paceline.core import adapters
 from paceline.core.config import EngineConfig, Plan
@@ -36,6 +37,7 @@ log = logging.getLogger("paceline.server")
 
 CONSTRAINTS = "output/llguidance"
 LONG_TEXT = 4096  # characters from which on encoding leaves the event loop
+CHARACTERS = 16  # that a token stands for, more than in any real text
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,17 @@ class Front:
         return Grammars(self.tokenizer, self.eos)
 
 
-def open_front(offer: Offer) -> Front:
-    """Read what the front needs. Raises PacelineError naming everything that stands against this model and configuration."""
+def open_front(offer: Offer, limits: Limits | None = None) -> Front:
+    """Read what the front needs. limits: of rendering a template.
+
+    Raises PacelineError naming everything that stands against this model and configuration."""
     seen = inspect(offer.model, offer.config)
     with contextlib.closing(seen.checkpoint):
         template, why = None, "this model has no tokenizer; send token ids to /v1/completions"
         if seen.tokenizer is not None:
             try:
                 template = templates.chat_template(seen.tokenizer, offer.config.chat_template)
+                template.limits = limits or template.limits
             except PacelineError as e:
                 if offer.config.chat_template is not None:
                     raise
@@ -103,8 +108,10 @@ def open_front(offer: Offer) -> Front:
     )
 
 
-def _render_by(source: str, tokenizer: Tokenizer, messages: Any, arguments: dict[str, Any]) -> str:
-    return templates.ChatTemplate(source, tokenizer.special_tokens).render(messages, **arguments)
+def _render_by(source: str, model: Model, messages: Any, arguments: dict[str, Any]) -> str:
+    own = model.front.template
+    made = templates.ChatTemplate(source, model.tokenizer.special_tokens, limits=own.limits if own else None)
+    return made.render(messages, **arguments)
 
 
 @dataclass(eq=False)
@@ -118,6 +125,9 @@ class Model:
     used: float = field(default_factory=time.monotonic)
     probing: asyncio.Lock = field(default_factory=asyncio.Lock)  # one measurement of operators at a time
     adapter: str = ""
+    base: Model | None = None  # of a view under an adapter's name
+    n_calls: int = 0  # that use it, also those that are still being prepared or written out
+    _encoding: int = 0  # texts being encoded in other threads
 
     @property
     def name(self) -> str:
@@ -126,8 +136,18 @@ class Model:
     def adapted(self, adapter: str) -> Model:
         """The same model under the name of one of its adapters."""
         view = copy.copy(self)
-        view.adapter = adapter
+        view.adapter, view.base = adapter, self
         return view
+
+    @property
+    def whole(self) -> Model:
+        """The model itself, whatever name it goes by here."""
+        return self.base or self
+
+    @property
+    def n_open(self) -> int:
+        """What would be cut off if it went now."""
+        return max(self.n_calls, self.supervisor.n_live)
 
     @property
     def ready(self) -> wire.Ready:
@@ -148,10 +168,33 @@ class Model:
         return self.front.tokenizer
 
     async def encode(self, text: str, **how: Any) -> list[int]:
-        """Token ids of a text; long ones away from the event loop."""
-        if len(text) < LONG_TEXT:
+        """Token ids of a text; long ones away from the event loop, and short ones too while the tokenizer is busy."""
+        if len(text) < LONG_TEXT and not self._encoding:
             return self.tokenizer.encode(text, **how)
-        return await asyncio.to_thread(self.tokenizer.encode, text, **how)
+        self._encoding += 1
+        try:
+            return await asyncio.to_thread(self.tokenizer.encode, text, **how)
+        finally:
+            self._encoding -= 1
+
+    async def prompt(self, text: str, **how: Any) -> list[int]:
+        """Token ids of a text that is to be served; one that is far too long is refused after its beginning.
+
+        Raises ApiError 400 context_length_exceeded.
+        """
+        capacity = self.ready.serving.capacity
+        n = CHARACTERS * capacity
+        while n < len(text):
+            least = len(await self.encode(text[:n], **how))
+            if least > 2 * capacity:  # twice: where the beginning is cut, it may have tokens that the whole has not
+                raise ApiError(
+                    400,
+                    f"the prompt has more than {least} tokens; {capacity - 1} fit",
+                    param="messages",
+                    code="context_length_exceeded",
+                )
+            n *= 2
+        return await self.encode(text, **how)
 
     async def render(self, messages: Sequence[Mapping[str, Any]], source: str | None = None, **arguments: Any) -> str:
         """The text of a conversation, by the template `source` if given.
@@ -159,7 +202,7 @@ class Model:
         Raises RequestError when this model has no template, TemplateError when the template objects.
         """
         if source is not None:
-            return await asyncio.to_thread(_render_by, source, self.tokenizer, messages, arguments)
+            return await asyncio.to_thread(_render_by, source, self, messages, arguments)
         template = self.front.template
         if template is None:
             raise RequestError(f"messages: {self.front.why_no_template}")
@@ -187,7 +230,10 @@ class Model:
 
 
 class Models:
-    """Every model on offer. memory: bytes that loaded models may plan for together (None: each sees to itself)."""
+    """Every model on offer. memory: bytes that loaded models may plan for together (None: each sees to itself).
+
+    limits: of rendering a conversation.
+    """
 
     def __init__(
         self,
@@ -195,6 +241,7 @@ class Models:
         restarts: Restarts | None = None,
         memory: int | None = None,
         observe: Callable[[str, wire.Stepped], None] = lambda name, stepped: None,
+        limits: Limits | None = None,
     ):
         self.offers = {name: offer for offer in offers for name in offer.names}
         self.adapters = {name: offer for offer in offers for name in offer.adapters}
@@ -203,7 +250,7 @@ class Models:
             raise ConfigError([f"adapters: {name!r} is the name of a model, too; choose another" for name in clash])
         self.first = offers[0]
         self.loaded: dict[str, Model] = {}
-        self._restarts, self._memory, self._observe = restarts, memory, observe
+        self._restarts, self._memory, self._observe, self._limits = restarts, memory, observe, limits
         self._lock = asyncio.Lock()
         self._leaving: set[asyncio.Future[None]] = set()  # replaced models that finish what they have
 
@@ -260,13 +307,13 @@ class Models:
         name = offer.names[0]
         supervisor = Supervisor(offer.model, offer.config, self._restarts, lambda stepped: self._observe(name, stepped))
         if self.loaded:  # the plan counts memory that is free now, so make room before
-            front = await asyncio.to_thread(open_front, offer)
+            front = await asyncio.to_thread(open_front, offer, self._limits)
             await self._make_room(front.plan.peak_bytes)
             starting = asyncio.ensure_future(supervisor.start())
         else:  # side by side: the first start is what people wait for
             starting = asyncio.ensure_future(supervisor.start())
             try:
-                front = await asyncio.to_thread(open_front, offer)
+                front = await asyncio.to_thread(open_front, offer, self._limits)
             except PacelineError:
                 starting.cancel()
                 await supervisor.stop()
@@ -288,7 +335,7 @@ class Models:
                 503, f"this model needs {n_bytes >> 20} MiB, more than the {self._memory >> 20} MiB for all models"
             )
         while sum(m.front.plan.peak_bytes for m in self.loaded.values()) + n_bytes > self._memory:
-            idle = [m for m in self.loaded.values() if not m.supervisor.n_live]
+            idle = [m for m in self.loaded.values() if not m.n_open]
             if not idle:
                 raise Unavailable("memory is full of models that are in use; try again later")
             await self.unload(min(idle, key=lambda m: m.used).name)
@@ -347,7 +394,7 @@ class Models:
 async def _until_idle(models: Iterable[Model], seconds: float) -> int:
     """Wait until these serve nothing, at most so long; how many requests are left."""
     models, end = list(models), time.monotonic() + seconds
-    while (n := sum(m.supervisor.n_live for m in models)) and time.monotonic() < end:
+    while (n := sum(m.n_open for m in models)) and time.monotonic() < end:
         await asyncio.sleep(0.05)
     return n
 

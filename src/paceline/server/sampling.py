@@ -18,7 +18,7 @@ from paceline.server.schema import Body, bad_fields
 from paceline.server.settings import Bounds
 
 Stop = str | list[str] | None
-Count = Annotated[int, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 
 

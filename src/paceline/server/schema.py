@@ -54,19 +54,24 @@ def bad_fields(problems: Iterable[tuple[str | None, str]]) -> ApiError:
     told = list(problems)
     texts = [text for _, text in told[:MAX_PROBLEMS]]
     if len(told) > MAX_PROBLEMS:
-        texts.append(f"and {len(told) - MAX_PROBLEMS} more")
+        texts.append("and more")
     return ApiError(400, "; ".join(texts), param=next((field for field, _ in told if field), None))
 
 
 def _all_problems(body: bytes, kind: type[T]) -> list[tuple[str | None, str]]:
     """Each field on its own, since the decoder stops at the first."""
-    found = msgspec.json.decode(body)
+    try:
+        found = msgspec.json.decode(body)
+    except msgspec.ValidationError:  # a number that no type could hold
+        return []
     if not isinstance(found, dict):
         return [(None, "body: must be a JSON object")]
     hints = get_type_hints(kind, include_extras=True)
     fields = {f.encode_name: f for f in msgspec.structs.fields(kind)}
     problems: list[tuple[str | None, str]] = []
     for name, value in found.items():
+        if len(problems) > MAX_PROBLEMS:  # enough to be told; a body has room for millions
+            break
         if name not in fields:
             problems.append((name, f"{name[:100]}: is not supported by this endpoint; leave it out"))
             continue

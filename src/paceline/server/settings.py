@@ -223,6 +223,9 @@ class Bounds(Group):
     max_output_tokens: int | None = setting(None, "Longest answer; default: the context.", low=1, high=1 << 24)
     max_n: int = setting(16, "Completions of one prompt.", low=1, high=1024)
     max_top_logprobs: int = setting(20, "Alternatives reported per token.", low=0, high=1024)
+    header_timeout: float = setting(
+        20.0, "For the headers of a request to arrive.", unit="seconds", low=0.1, high=86400
+    )
     body_timeout: float = setting(60.0, "For a request's body to arrive.", unit="seconds", low=0.1, high=86400)
     request_timeout: float | None = setting(
         None, "For a request as a whole; default: none.", unit="seconds", low=0.1, high=604800

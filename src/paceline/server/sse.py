@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable
 from typing import Any, TypeVar
 
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from paceline.core.errors import PacelineError
@@ -26,7 +27,7 @@ def event(data: bytes, name: str | None = None) -> bytes:
     return b"data: " + data + b"\n\n" if name is None else b"event: " + name.encode() + b"\ndata: " + data + b"\n\n"
 
 
-class ClientGone(Exception):
+class ClientGone(ClientDisconnect):
     """The client has left; nobody reads an answer."""
 
 

@@ -209,7 +209,11 @@ class Supervisor:
         for stream in to_take_back:
             self._take_back(stream)
         for stream in to_send:
-            self._link.send(stream.submission())
+            try:
+                self._link.send(stream.submission())
+            except (OverflowError, TypeError, ValueError) as e:  # it cannot be written down, which is its fault alone
+                del self._live[stream.request.id]
+                stream.end(RequestError(f"the request cannot be sent to the engine ({e})"))
         if to_send:
             self._heard = time.monotonic()
 

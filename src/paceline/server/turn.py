@@ -28,6 +28,8 @@ from paceline.server.dialects.events import (
 from paceline.server.errors import ApiError
 from paceline.server.models import Model
 
+MAX_MESSAGES = 4096
+
 
 @dataclass
 class Asked:
@@ -133,7 +135,8 @@ async def prepare(call: Call, model: Model, asked: Asked) -> Turn:
         continue_final_message=asked.continue_final_message,
         variables=asked.variables,
     )
-    tokens = await model.encode(prompt, add_special_tokens=False)
+    encode = model.prompt if asked.truncate is None else model.encode
+    tokens = await encode(prompt, add_special_tokens=False)
     if asked.truncate is not None:
         tokens = tokens[-asked.truncate :]
     params = _constrained(model, prompt, asked, functions, dialect)

@@ -118,7 +118,7 @@ class Worker:
                 result.add_done_callback(lambda done: self._told_later(id, done))
             else:
                 self.send(wire.Told(id, result))
-        except (PacelineError, TypeError, ValueError) as e:
+        except (PacelineError, TypeError, ValueError, ArithmeticError) as e:
             self.send(wire.Told(id, error=str(e)))
 
     def _told_later(self, id: int, done: Future[Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -27,6 +27,7 @@ class Call:
 
     server: Server
     http: HttpRequest
+    held: list[Model] = field(default_factory=list)  # models that must not go before this call's end
 
     @property
     def identity(self) -> Identity:
@@ -50,8 +51,15 @@ class Call:
         if offer is not None:
             need_model(self.identity, name or offer.names[0])
         found = await models.get(name)
+        found.whole.n_calls += 1
+        self.held.append(found.whole)
         self.server.remember(found)
         return found
+
+    def close(self) -> None:
+        """The call is over."""
+        while self.held:
+            self.held.pop().n_calls -= 1
 
     def streaming(self, headers: Mapping[str, str]) -> dict[str, Any]:
         """How the settings want events to be sent."""

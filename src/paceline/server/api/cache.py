@@ -5,7 +5,7 @@ Blocks belong to the identity that computed them; `key` names another than one's
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from starlette.types import ASGIApp
@@ -14,7 +14,7 @@ from paceline.core.types import GREEDY
 from paceline.server.api.base import Call, Route, json
 from paceline.server.errors import ApiError
 from paceline.server.schema import Body
-from paceline.server.turn import Asked, prepare
+from paceline.server.turn import MAX_MESSAGES, Asked, prepare
 
 
 class CacheRequest(Body):
@@ -22,8 +22,10 @@ class CacheRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    tokens: list[int] | None = None
-    messages: list[dict[str, Any]] | None = None
+    tokens: Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]], msgspec.Meta(max_length=1 << 20)] | None = (
+        None
+    )
+    messages: Annotated[list[dict[str, Any]], msgspec.Meta(max_length=MAX_MESSAGES)] | None = None
     key: str | None = None
 
 

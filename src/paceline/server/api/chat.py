@@ -17,9 +17,7 @@ from paceline.server.errors import ApiError
 from paceline.server.models import Model
 from paceline.server.sampling import Sampling, params
 from paceline.server.sse import DONE, EventStream, event, unless_gone
-from paceline.server.turn import Asked, Said, Turn, effort, prepare
-
-MAX_MESSAGES = 4096
+from paceline.server.turn import MAX_MESSAGES, Asked, Said, Turn, effort, prepare
 
 
 class ChatRequest(Sampling, kw_only=True):

@@ -99,7 +99,8 @@ async def _prompt(model: Model, body: CompletionRequest, one: Any, i: int) -> li
             raise ApiError(400, "suffix: needs a prompt of text", param="suffix")
         return await _around(model, one, body.suffix)
     if isinstance(one, str):
-        return await model.encode(one, add_special_tokens=body.add_special_tokens)
+        encode = model.prompt if body.truncate_prompt_tokens is None else model.encode
+        return await encode(one, add_special_tokens=body.add_special_tokens)
     if isinstance(one, list) and all(type(t) is int for t in one):
         return one
     raise ApiError(400, f"prompt[{i}]: must be text or a list of token ids", param="prompt")

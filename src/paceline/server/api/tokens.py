@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 import msgspec
@@ -11,15 +12,15 @@ from paceline.core.types import GREEDY
 from paceline.server.api.base import Call, Route, json
 from paceline.server.errors import ApiError
 from paceline.server.schema import Body
-from paceline.server.turn import Asked, prepare
+from paceline.server.turn import MAX_MESSAGES, Asked, prepare
 
-MAX_TOKENS = 1 << 24
+MAX_TOKENS = 1 << 20
 
 
 class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Annotated[list[dict[str, Any]], msgspec.Meta(max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
@@ -60,7 +61,7 @@ async def tokenize(call: Call, body: TokenizeRequest) -> ASGIApp:
         tokens = list((await prepare(call, model, asked)).answer.requests[0].tokens)
     else:
         tokens = await model.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
-    texts = [model.text_of(t) for t in tokens] if body.return_token_strs else None
+    texts = await asyncio.to_thread(lambda: [model.text_of(t) for t in tokens]) if body.return_token_strs else None
     return json(TokenizeAnswer(tokens, len(tokens), model.ready.serving.capacity, texts))
 
 
@@ -70,7 +71,8 @@ async def detokenize(call: Call, body: DetokenizeRequest) -> ASGIApp:
     bad = next((t for t in body.tokens if t >= n_vocab), None)
     if bad is not None:
         raise ApiError(400, f"tokens: {bad} is outside the vocabulary (0 to {n_vocab - 1})", param="tokens")
-    return json(DetokenizeAnswer(model.tokenizer.decode(body.tokens, skip_special_tokens=False)))
+    text = await asyncio.to_thread(model.tokenizer.decode, body.tokens, skip_special_tokens=False)
+    return json(DetokenizeAnswer(text))
 
 
 async def tokenizer_info(call: Call) -> ASGIApp:

@@ -13,6 +13,7 @@ from paceline.server.dialects.grammar import MAX_CALLS
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXT = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # part type -> its field
 _ANSWERED = ("refusal", "audio", "annotations", "function_call", "tool_calls")  # SDKs write these even when empty
+MAX_PARTS = 1 << 14  # of all messages together
 MAX_PROBLEMS = 8  # that one error tells
 
 
@@ -42,6 +43,7 @@ class _Reader:
         self.problems: list[str] = []
         self._call_id = call_id
         self._keep_parts = keep_parts
+        self._n_parts = 0
         self._names: dict[str, str] = {}
 
     @property
@@ -82,6 +84,10 @@ class _Reader:
         if not isinstance(content, (list, tuple)):
             self._wrong(f"{where}: must be text or a list of parts, found {type(content).__name__}")
             return ""
+        self._n_parts += len(content)
+        if self._n_parts > MAX_PARTS:
+            self._wrong(f"{where}: more than {MAX_PARTS:,} parts in all messages together; join them")
+            content = content[:MAX_PROBLEMS]
         texts = [self._part(part, f"{where}[{i}]") for i, part in enumerate(content) if self.room]
         return [{"type": "text", "text": t} for t in texts] if self._keep_parts else "\n".join(texts)
 

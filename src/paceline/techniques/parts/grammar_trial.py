@@ -41,19 +41,24 @@ class Trial:
         self._lock = threading.Lock()
 
     def why_not(self, grammar: str) -> str | None:
-        """Why a grammar (as llguidance takes it) cannot be used; None if it can. At most SECONDS, but for the start of the helper.
+        """Why a grammar (as llguidance takes it) cannot be used; None if it can. At most twice SECONDS, but for the start of the helper.
 
         Raises RuntimeError when there is no helper to be had.
         """
         with self._lock:
-            if self._helper is None or self._helper.poll() is not None:
-                self._start()
-            try:
-                answer = self._ask(grammar, SECONDS)
-            except (OSError, TimeoutError):
-                self._stop()
-                return f"is too complex: compiling it takes more than {SECONDS:g} s, or more memory or recursion than is granted"
-            return answer or None
+            for _ in range(
+                2
+            ):  # a helper may have been lost before, for another reason, such as the system's want of memory
+                if self._helper is None or self._helper.poll() is not None:
+                    self._start()
+                try:
+                    return self._ask(grammar, SECONDS) or None
+                except TimeoutError:
+                    self._stop()
+                    break
+                except OSError:
+                    self._stop()
+            return f"is too complex: compiling it takes more than {SECONDS:g} s, or more memory or recursion than is granted"
 
     def close(self) -> None:
         """End the helper."""
