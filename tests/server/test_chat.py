@@ -370,7 +370,7 @@ def test_a_suffix_goes_where_code_models_expect_it() -> None:
     async def encode(text: str, **how: Any) -> list[int]:
         return tokenizer.encode(text, **how)
 
-    model: Any = SimpleNamespace(tokenizer=tokenizer, encode=encode)
+    model: Any = SimpleNamespace(tokenizer=tokenizer, prompt=encode)
     tokens = asyncio.run(_around(model, "def f(", "<|fim_middle|> return x"))
     text = tokenizer.decode(tokens, skip_special_tokens=False)
     assert text == "<|fim_prefix|>def f(<|fim_suffix|><|fim_middle|> return x<|fim_middle|>"

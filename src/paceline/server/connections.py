@@ -100,7 +100,7 @@ class Connection(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # in the middle of another answer
             self.transport.abort()
             return
-        answer = render(ApiError(400, "this is no HTTP request, or its headers are too long"))
+        answer = render(ApiError(400, "this is no HTTP request, or its headers are too long"), {"path": ""})
         headers = [*answer.raw_headers, (b"connection", b"close")]
         for event in (
             h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),

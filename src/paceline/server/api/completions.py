@@ -113,7 +113,7 @@ async def _around(model: Model, prefix: str, suffix: str) -> list[int]:
         ids = [i for name in names if (i := backend.token_to_id(name)) is not None]
         if len(ids) == len(names):
             before, after = [
-                await model.encode(t, add_special_tokens=False, parse_special=False) for t in (prefix, suffix)
+                await model.prompt(t, add_special_tokens=False, parse_special=False) for t in (prefix, suffix)
             ]
             return [ids[0], *before, ids[1], *after, ids[2]]
     raise ApiError(400, "suffix: this model has no tokens for filling in a middle; leave it out", param="suffix")
