@@ -108,6 +108,10 @@ def is_error(r: httpx.Response, *statuses: int) -> dict[str, Any]:
     """The error of an answer, which has one of these statuses and OpenAI's shape."""
     assert r.status_code in statuses, (r.status_code, r.text[:500])
     body = r.json()
+    if body.get("type") == "error":  # Anthropic's
+        assert set(body) == {"type", "error", "request_id"}, body
+        assert set(body["error"]) == {"type", "message"}, body
+        return dict(body["error"])
     assert set(body) == {"error"}, body
     assert set(body["error"]) == {"message", "type", "param", "code"}
     assert body["error"]["message"]

@@ -149,7 +149,12 @@ def test_a_lost_grammar_helper_is_replaced(server: Served) -> None:
 
 
 def workers() -> list[int]:
-    return [p.pid for p in psutil.Process().children() if "paceline.server.worker" in " ".join(p.cmdline())]
+    found = []
+    for p in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it is just ending
+            if "paceline.server.worker" in " ".join(p.cmdline()):
+                found.append(p.pid)
+    return found
 
 
 def test_reload_and_unload_lose_no_request() -> None:

@@ -19,6 +19,7 @@ from paceline.server.settings import Bounds
 
 Stop = str | list[str] | None
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+Salt = Annotated[str, msgspec.Meta(max_length=256, pattern=r"^[^\x00]*$")]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 
 
@@ -85,7 +86,7 @@ class Sampling(Body, kw_only=True):
     priority: Count = 0
     ttft_target: Seconds | None = None  # ours: for policies that heed deadlines
     tpot_target: Seconds | None = None
-    cache_salt: Annotated[str, msgspec.Meta(max_length=256)] | None = None
+    cache_salt: Salt | None = None
     user: Annotated[str, msgspec.Meta(max_length=1024)] | None = None
     service_tier: Literal["auto", "default"] | None = None
     use_beam_search: Literal[False] | None = None

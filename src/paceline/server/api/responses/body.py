@@ -12,7 +12,7 @@ from paceline.server.answer import Service
 from paceline.server.api.base import Call
 from paceline.server.api.responses import items
 from paceline.server.models import Model
-from paceline.server.sampling import Count, Stop, resolve
+from paceline.server.sampling import Count, Salt, Stop, resolve
 from paceline.server.schema import Body, bad_fields
 from paceline.server.stored import Kept
 from paceline.server.turn import Asked, effort
@@ -106,7 +106,7 @@ class ResponsesRequest(Body, kw_only=True):
     ignore_eos: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     priority: Count = 0
-    cache_salt: Annotated[str, msgspec.Meta(max_length=256)] | None = None
+    cache_salt: Salt | None = None
 
 
 _PLAIN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
