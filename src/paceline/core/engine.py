@@ -343,7 +343,7 @@ class Engine:
                 live.request.id,
                 list(live.request.tokens),
                 completions,
-                first.prompt_logprobs,
+                next((s.prompt_logprobs for s in live.seqs if s.prompt_logprobs is not None), None),
                 first.n_cached,
                 sum(s.n_preempted for s in live.seqs),
                 self._timing(live),

@@ -5,6 +5,7 @@ An `Answer` is one API call's generation. It admits the call under its key's quo
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -57,10 +58,10 @@ class Answer:
         self.call, self.model, self.params = call, model, params
         who = call.identity
         own = f"{who.name}/{salt}" if salt else who.name
-        now = time.perf_counter()
+        now, unique = time.perf_counter(), secrets.token_hex(4)  # clients choose the call's id, and may choose one twice
         self.requests = [
             Request(
-                f"{call.id}-{i}",
+                f"{call.id}-{unique}-{i}",
                 tuple(tokens),
                 params,
                 generate=generate,

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.routing import Route as HttpRoute
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from paceline import __version__
 from paceline.server import schema
@@ -94,12 +94,28 @@ def _endpoint(server: Server, route: Route) -> Callable[[Request], Awaitable[Any
     """A route's endpoint as Starlette calls it: the body is read and typed before."""
 
     async def endpoint(request: Request) -> Any:
+        body = () if route.body is None else (schema.parse(await request.body(), route.body),)
         call = Call(server, request)
-        if route.body is None:
-            return await route.endpoint(call)
-        return await route.endpoint(call, schema.parse(await request.body(), route.body))
+        try:
+            return _Until(await route.endpoint(call, *body), call)
+        except BaseException:
+            call.close()
+            raise
 
     return endpoint
+
+
+class _Until:
+    """An answer (ASGI application) with whose end the call is over."""
+
+    def __init__(self, answer: ASGIApp, call: Call):
+        self._answer, self._call = answer, call
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            self._call.close()
 
 
 def _lifespan(server: Server) -> Callable[[Starlette], Any]:

@@ -34,6 +34,10 @@ _KINDS: Mapping[int, tuple[str, str | None]] = {
 _FIELD = re.compile(r"([a-z_][\w.\[\]-]{0,63})\s*[:=]")
 
 
+class ClientGone(Exception):
+    """The client has left; nobody reads an answer."""
+
+
 class Unavailable(PacelineError):
     """No worker can take the request now; it may be tried again later."""
 
@@ -96,6 +100,8 @@ def from_exception(e: BaseException, request_id: str | None = None) -> ApiError:
         return ApiError(500, str(e), code="engine_fault")
     if isinstance(e, HTTPException):
         return _from_http(e)
+    if isinstance(e, ClientGone):  # for the log alone; nginx's number
+        return ApiError(499, "the client left")
     return internal(request_id)
 
 
@@ -118,5 +124,5 @@ async def _handle(request: Request, e: Exception) -> Response:
 
 def handlers() -> dict[Any, Handler]:
     """`Starlette(exception_handlers=handlers())`. What no request can be blamed for also rises to the guard, which logs it."""
-    known = (ApiError, RequestError, TemplateError, OutOfMemory, HTTPException, Exception)
+    known = (ApiError, RequestError, TemplateError, OutOfMemory, HTTPException, ClientGone, Exception)
     return dict.fromkeys(known, _handle)

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -98,6 +99,8 @@ class Model:
     loaded: float = field(default_factory=time.time)
     used: float = field(default_factory=time.monotonic)
     probing: asyncio.Lock = field(default_factory=asyncio.Lock)  # one measurement of operators at a time
+    n_calls: int = 0  # API calls that have this model in hand, those included that nothing has been computed for yet
+    _checks: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "constraints"))
 
     @property
     def name(self) -> str:
@@ -150,13 +153,16 @@ class Model:
             raise RequestError(
                 f"response_format: this server runs without {CONSTRAINTS}; nothing else keeps to a constraint"
             )
-        await asyncio.to_thread(self.grammars.check, params.constraint)
+        if not self.grammars.passed(params.constraint):  # one at a time takes a second and a half of a hostile text, so not among others' threads
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._checks, self.grammars.check, params.constraint)
 
     async def stop(self) -> None:
         """End its processes."""
         await self.supervisor.stop()
+        self._checks.shutdown(wait=False, cancel_futures=True)
         if "grammars" in vars(self):
-            self.grammars.close()
+            await asyncio.to_thread(self.grammars.close)
 
     def text_of(self, token: int) -> str:
         return "" if self.front.tokenizer is None else self.front.tokenizer.decode([token], skip_special_tokens=False)
@@ -205,13 +211,13 @@ class Models:
             starting = asyncio.ensure_future(supervisor.start())
             try:
                 front = await asyncio.to_thread(open_front, offer)
-            except PacelineError:
+            except BaseException:
                 starting.cancel()
                 await supervisor.stop()
                 raise
         try:
             await starting
-        except PacelineError:
+        except BaseException:
             await supervisor.stop()
             raise
         model = self.loaded[name] = Model(offer, front, supervisor)
@@ -226,7 +232,7 @@ class Models:
                 503, f"this model needs {n_bytes >> 20} MiB, more than the {self._memory >> 20} MiB for all models"
             )
         while sum(m.front.plan.peak_bytes for m in self.loaded.values()) + n_bytes > self._memory:
-            idle = [m for m in self.loaded.values() if not m.supervisor.n_live]
+            idle = [m for m in self.loaded.values() if not m.n_calls]
             if not idle:
                 raise Unavailable("memory is full of models that are in use; try again later")
             await self.unload(min(idle, key=lambda m: m.used).name)
@@ -261,7 +267,7 @@ class Models:
                 await old.stop()
                 old = None
                 new = await self._load(offer)
-            except PacelineError:
+            except BaseException:
                 if old is not None:
                     self.loaded[own] = old
                 raise
@@ -283,9 +289,9 @@ class Models:
 
 
 async def _until_idle(models: Iterable[Model], seconds: float) -> int:
-    """Wait until these serve nothing, at most so long; how many requests are left."""
+    """Wait until no call has these in hand, at most so long; how many have."""
     models, end = list(models), time.monotonic() + seconds
-    while (n := sum(m.supervisor.n_live for m in models)) and time.monotonic() < end:
+    while (n := sum(m.n_calls for m in models)) and time.monotonic() < end:
         await asyncio.sleep(0.05)
     return n
 

@@ -15,7 +15,7 @@ from paceline.server.schema import Body, bad_fields
 from paceline.server.settings import Bounds
 
 Stop = str | list[str] | None
-Count = Annotated[int, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 30)]
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):

@@ -31,7 +31,10 @@ def parse(body: bytes, kind: type[T]) -> T:
     try:
         return _decoder(kind).decode(body)
     except msgspec.ValidationError as first:
-        problems = _all_problems(body, kind) or [_problem(str(first))]
+        try:
+            problems = _all_problems(body, kind) or [_problem(str(first))]
+        except msgspec.ValidationError:  # a number that no type can hold
+            problems = [_problem(str(first))]
     except RecursionError:
         problems = [(None, "body: is nested too deeply")]
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
@@ -62,7 +65,7 @@ def _all_problems(body: bytes, kind: type[T]) -> list[tuple[str | None, str]]:
             continue
         hint = hints[fields[name].name]
         try:
-            msgspec.convert(value, hint)
+            msgspec.convert(value, hint, str_keys=True)
         except msgspec.ValidationError as e:
             if hint is type(None):
                 problems.append((name, f"{name}: is not supported by this server; leave it out"))

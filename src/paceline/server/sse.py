@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from starlette.types import Receive, Scope, Send
 
 from paceline.core.errors import PacelineError
-from paceline.server.errors import ApiError, from_exception
+from paceline.server.errors import ApiError, ClientGone, from_exception
 
 T = TypeVar("T")
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -24,10 +24,6 @@ DONE = b"data: [DONE]\n\n"
 def event(data: bytes, name: str | None = None) -> bytes:
     """One event; data is JSON, which has no line breaks."""
     return b"data: " + data + b"\n\n" if name is None else b"event: " + name.encode() + b"\ndata: " + data + b"\n\n"
-
-
-class ClientGone(Exception):
-    """The client has left; nobody reads an answer."""
 
 
 async def gone(receive: Receive) -> None:
@@ -124,7 +120,11 @@ class EventStream:
                 self._give_up(me)
                 return
             else:
-                await self._write(send, KEEP_ALIVE)
+                try:
+                    await asyncio.wait_for(self._write(send, KEEP_ALIVE), self._write_timeout)
+                except asyncio.TimeoutError:  # nothing of what was written before has been taken
+                    self._give_up(me)
+                    return
 
     async def _until_gone(self, me: asyncio.Task[Any], receive: Receive) -> None:
         await gone(receive)

@@ -32,6 +32,9 @@ log = logging.getLogger("paceline.server")
 
 _ERRORS = {e.__name__: e for e in (ConfigError, CheckpointError, OutOfMemory, RequestError, TemplateError)}
 COMMAND = (sys.executable, "-m", "paceline.server.worker")
+STOP_S = 5.0  # for a worker to stop when told to
+GRACE_S = 2.0  # for one that has closed its socket to end
+AGAIN_S = 1.0  # until a process is asked for again where none was to be had
 
 State = Literal["starting", "ready", "restarting", "stopping", "failed"]
 
@@ -70,6 +73,7 @@ class Supervisor:
         self._live: dict[str, Stream] = {}
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._ids = itertools.count(1)
+        self._leaving: set[str] = set()  # keys that were aborted, and of which the worker has not said yet that they ended
         self._deaths: deque[float] = deque()
         self._heard = 0.0  # when the worker last said anything, or was given work
         self._link: _Link | None = None
@@ -100,7 +104,7 @@ class Supervisor:
         if self._link is not None:
             self._link.send(wire.Stop())
         if task is not None:
-            await asyncio.wait({task}, timeout=5.0)
+            await asyncio.wait({task}, timeout=STOP_S)
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, PacelineError):
                 await task
@@ -199,16 +203,22 @@ class Supervisor:
         if self._link is None or self.state != "ready":
             return
         to_send, to_take_back = next_moves(self._live.values())
+        if to_send and not self._busy:
+            self._heard = time.monotonic()
         for stream in to_take_back:
             self._take_back(stream)
         for stream in to_send:
             self._link.send(stream.submission())
-        if to_send:
-            self._heard = time.monotonic()
+
+    @property
+    def _busy(self) -> bool:
+        """Whether the worker has something to compute, as far as is known."""
+        return bool(self._leaving) or any(s.sent for s in self._live.values())
 
     def _take_back(self, stream: Stream) -> None:
         if stream.sent and self._link is not None:
             self._link.send(wire.Abort(stream.key))
+            self._leaving.add(stream.key)
         stream.sent = False
 
     # ---- the worker
@@ -217,20 +227,7 @@ class Supervisor:
         """Run workers until one is stopped or too many have died."""
         me = asyncio.current_task()
         while True:
-            link = self._link = _Link(self.command)
-            self.pid = link.process.pid
-            watch = asyncio.create_task(self._watch(link))
-            try:
-                await link.open()
-                link.send(wire.Start(self.model, self.config))
-                problem = await self._listen(link)
-            except (OSError, ValueError) as e:
-                problem = f"{type(e).__name__}: {e}"
-            finally:
-                watch.cancel()
-                self._link = self.pid = None
-                link.close(by_force=self._task is me)
-            code = await asyncio.to_thread(link.process.wait)
+            code, problem = await self._run_worker()
             if self._task is not me:  # stopped
                 return
             if isinstance(problem, PacelineError):
@@ -239,12 +236,34 @@ class Supervisor:
             if not await self._after_death(code, problem):
                 return
 
+    async def _run_worker(self) -> tuple[int, Any]:
+        """Serve by one worker to its end: its exit code, and what ended it. None is left running, whatever ends this."""
+        try:
+            link = self._link = _Link(self.command)
+        except OSError as e:  # no process or descriptor to be had
+            await asyncio.sleep(AGAIN_S)
+            return 1, f"it cannot be started: {e}"
+        self.pid = link.process.pid
+        watch = asyncio.create_task(self._watch(link))
+        problem, grace, code = None, 0.0, 1
+        try:
+            await link.open()
+            link.send(wire.Start(self.model, self.config))
+            problem, grace = await self._listen(link), GRACE_S
+        except Exception as e:  # a fault of ours too must not leave streams waiting for ever
+            log.error("listening to the worker failed", exc_info=e)
+            problem = f"{type(e).__name__}: {e}"
+        finally:
+            watch.cancel()
+            self._link = self.pid = None
+            code = await link.end(grace)
+        return code, problem
+
     async def _watch(self, link: _Link) -> None:
         """End a worker that computes nothing though it has work: a deadlock is a death too."""
         while True:
             await asyncio.sleep(min(5.0, self.restarts.step_s / 4))
-            busy = self.state == "ready" and any(s.sent for s in self._live.values())
-            if busy and time.monotonic() - self._heard > self.restarts.step_s:
+            if self.state == "ready" and self._busy and time.monotonic() - self._heard > self.restarts.step_s:
                 log.error("the worker has not finished a step within %g s", self.restarts.step_s)
                 link.process.kill()
 
@@ -264,9 +283,10 @@ class Supervisor:
                 case wire.Loading():
                     self.loading = message
                 case wire.Ready():
-                    self.ready = message
-                    await self._set("ready")
-                    self._dispatch()
+                    if self.state != "stopping":
+                        self.ready = message
+                        await self._set("ready")
+                        self._dispatch()
                 case wire.Failed(kind, problems):
                     made = _ERRORS.get(kind, PacelineError)
                     return made(problems) if made is ConfigError else made("; ".join(problems))
@@ -291,11 +311,13 @@ class Supervisor:
                 self._take_back(stream)
                 self._live.pop(stream.request.id)
                 stream.end(Unavailable("the reader is too slow"))
+                self._dispatch()
         for end in message.ended:
             self._finish(end.id, end if end.error is None else Fault(end.error))
         self.observe(message)
 
     def _finish(self, key: str, item: wire.Ended | Exception) -> None:
+        self._leaving.discard(key)
         stream = self._of(key)
         if stream is not None:
             del self._live[stream.request.id]
@@ -310,7 +332,8 @@ class Supervisor:
         for future in self._asked.values():
             if not future.done():
                 future.set_exception(Unavailable("the worker died"))
-        guilty = blame(in_flight, code)
+        guilty = blame(in_flight, code, others=bool(self._leaving))
+        self._leaving.clear()
         if guilty is not None:
             log.error("request %s is refused: it ends the worker (%s)", guilty.request.id, how)
             del self._live[guilty.request.id]
@@ -392,11 +415,18 @@ class _Link:
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
 
-    def close(self, *, by_force: bool) -> None:
-        """Close the socket, which ends a worker in good health; by_force: end it whatever it does."""
+    async def end(self, grace_s: float) -> int:
+        """Close the socket, which ends a worker in good health, and kill it after grace_s seconds; its exit code."""
         if self._writer is not None:
             self._writer.close()
         else:
             self._sock.close()
-        if by_force:
-            self.process.kill()
+        try:
+            end = time.monotonic() + grace_s
+            while self.process.poll() is None and time.monotonic() < end:
+                await asyncio.sleep(0.005)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+            code = self.process.wait()
+        return code

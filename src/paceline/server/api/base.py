@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -27,6 +27,7 @@ class Call:
 
     server: Server
     http: HttpRequest
+    in_hand: list[Model] = field(default_factory=list)
 
     @property
     def identity(self) -> Identity:
@@ -50,8 +51,15 @@ class Call:
         if offer is not None:
             need_model(self.identity, name or offer.names[0])
         found = await models.get(name)
+        found.n_calls += 1  # before anything else can run: it is not unloaded while it is in hand
+        self.in_hand.append(found)
         self.server.remember(found)
         return found
+
+    def close(self) -> None:
+        """The call is over."""
+        while self.in_hand:
+            self.in_hand.pop().n_calls -= 1
 
     def streaming(self, headers: Mapping[str, str]) -> dict[str, Any]:
         """How the settings want events to be sent."""

@@ -149,6 +149,10 @@ class Grammars:
         elif isinstance(kept, str):
             raise RequestError(kept)
 
+    def passed(self, constraint: Constraint) -> bool:
+        """Whether it is one of those kept that can be used; takes no time."""
+        return isinstance(self._look_up(constraint), Grammar)
+
     def warm(self) -> None:
         """Make the vocabulary's trie now rather than at the first constraint."""
         with self._work:
