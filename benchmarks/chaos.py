@@ -102,7 +102,7 @@ async def verdict(world: World, known: list[Known], calm: list[Any], counts: Cou
     await asyncio.sleep(1.5)
     final, metrics = server.look(), await server.metrics()
     world.problems += _leaks(server, calm, final)
-    world.problems += await stopped(server, 15)
+    world.problems += await stopped(server, 90)
     log = server.log.read_text(errors="replace")
     world.problems += [f"the log has an unexpected fault: {m}" for m in re.findall(r"^.*(?:failed$|Traceback).*$", log, re.MULTILINE)][:5]
     ordered = sorted(latencies) or [0.0]

@@ -35,7 +35,7 @@ IDENTITIES: dict[str, dict[str, Any]] = {
 }
 OPTIONS = {
     "context": "1024", "threads": "1", "max-seqs": "16", "kv-memory": "14MiB", "max-queue": "64", "max-body": "1MiB",
-    "write-timeout": "3s", "keep-alive": "1s", "body-timeout": "5s", "drain": "5s", "max-restarts": "1000",
+    "write-timeout": "3s", "keep-alive": "1s", "body-timeout": "5s", "drain": "60s", "max-restarts": "1000",
 }  # fmt: skip
 
 

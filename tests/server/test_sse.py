@@ -101,3 +101,21 @@ def test_cancelling_the_server_side_is_passed_on() -> None:
         return False
 
     assert asyncio.run(whole())
+
+
+def test_a_reader_who_takes_no_keep_alive_is_dropped() -> None:
+    """A comment that cannot be written must not hold the watch that would notice it."""
+
+    class Full(Reader):
+        async def send(self, message: Any) -> None:
+            if message.get("body") == KEEP_ALIVE:
+                await asyncio.Event().wait()
+            await super().send(message)
+
+    pieces = Pieces(wait=30.0)
+
+    async def whole() -> None:
+        await stream(Full(), pieces.run(), keep_alive_s=0.02, write_timeout_s=0.05)
+
+    asyncio.run(whole())
+    assert pieces.closed

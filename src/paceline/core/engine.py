@@ -154,6 +154,8 @@ class Engine:
             seq.finish_reason = had.finish_reason
             if not seq.done:
                 self.runner.scheduler.add(seq)
+        if live.done:
+            self._retire(live)
 
     def _sequence(self, request: Request, index: int, seed: int) -> Sequence:
         self._ids += 1

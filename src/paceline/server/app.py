@@ -52,8 +52,8 @@ class Server:
         first = self.models.loaded.get(self.models.first.names[0])
         return "starting" if first is None else first.supervisor.state
 
-    def _observe(self, name: str, stepped: Stepped) -> None:
-        self.metrics.stepped(name, stepped.gauge)
+    def _observe(self, name: str, source: int, stepped: Stepped) -> None:
+        self.metrics.stepped(name, stepped.gauge, source)
         if stepped.gauge is not None:
             self.metrics.restarts(self.models)
 

@@ -74,7 +74,7 @@ class Metrics:
                 Histogram(p + name, text, ("model_name",), buckets=buckets, registry=self.registry) for p in prefixes
             ]
             self._made[name] = made
-        self._seen: dict[tuple[str, str], float] = {}
+        self._seen: dict[tuple[str, str, int], float] = {}
 
     def _counter(self, name: str, text: str, more: Sequence[str]) -> Counter:
         return Counter(name, text, ("model_name", *more), registry=self.registry)
@@ -111,8 +111,8 @@ class Metrics:
         for m in self._made[name]:
             m.labels(model_name=model).observe(value)
 
-    def stepped(self, model: str, gauge: wire.Gauge | None) -> None:
-        """What a worker says of itself."""
+    def stepped(self, model: str, gauge: wire.Gauge | None, source: int = 0) -> None:
+        """What a worker says of itself. source: which of the model's, as two serve while one replaces the other."""
         if gauge is None:
             return
         values = {
@@ -124,12 +124,12 @@ class Metrics:
             for m in self._made[name]:
                 m.labels(model_name=model).set(value)
         for name, key in _TOTALS.items():
-            self.total(model, name, gauge.counters.get(key, 0.0))
+            self.total(model, name, gauge.counters.get(key, 0.0), source)
 
-    def total(self, model: str, name: str, value: float) -> None:
+    def total(self, model: str, name: str, value: float, source: int = 0) -> None:
         """A counter kept elsewhere, which starts over when a worker does."""
-        before = self._seen.get((model, name), 0.0)
-        self._seen[model, name] = value
+        before = self._seen.get((model, name, source), 0.0)
+        self._seen[model, name, source] = value
         self.count(model, name, value if value < before else value - before)
 
     def restarts(self, models: Models) -> None:

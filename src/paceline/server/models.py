@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from paceline.assemble import inspect
@@ -169,20 +170,22 @@ class Model:
 
 
 class Models:
-    """Every model on offer. memory: bytes that loaded models may plan for together (None: each sees to itself)."""
+    """Every model on offer. memory: bytes that loaded models may plan for together (None: each sees to itself). observe: called with a
+    model's name, which load of it this is, and what its worker says."""
 
     def __init__(
         self,
         offers: Sequence[Offer],
         restarts: Restarts | None = None,
         memory: int | None = None,
-        observe: Callable[[str, wire.Stepped], None] = lambda name, stepped: None,
+        observe: Callable[[str, int, wire.Stepped], None] = lambda name, load, stepped: None,
     ):
         self.offers = {name: offer for offer in offers for name in offer.names}
         self.first = offers[0]
         self.loaded: dict[str, Model] = {}
         self._restarts, self._memory, self._observe = restarts, memory, observe
         self._lock = asyncio.Lock()
+        self._loads = itertools.count()
         self._leaving: set[asyncio.Future[None]] = set()  # replaced models that finish what they have
 
     async def get(self, name: str | None) -> Model:
@@ -202,7 +205,8 @@ class Models:
 
     async def _load(self, offer: Offer) -> Model:
         name = offer.names[0]
-        supervisor = Supervisor(offer.model, offer.config, self._restarts, lambda stepped: self._observe(name, stepped))
+        observe = partial(self._observe, name, next(self._loads))
+        supervisor = Supervisor(offer.model, offer.config, self._restarts, observe)
         if self.loaded:  # the plan counts memory that is free now, so make room before
             front = await asyncio.to_thread(open_front, offer)
             await self._make_room(front.plan.peak_bytes)

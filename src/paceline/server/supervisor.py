@@ -207,6 +207,8 @@ class Supervisor:
             self._heard = time.monotonic()
         for stream in to_take_back:
             self._take_back(stream)
+        if self._leaving and any(s.suspect for s in to_send):
+            return  # a suspect is sent when nothing else can be running: only then does a death prove anything
         for stream in to_send:
             self._link.send(stream.submission())
 
@@ -276,6 +278,7 @@ class Supervisor:
                     self._stepped(message)
                 case wire.Refused(key, text):
                     self._finish(key, RequestError(text))
+                    self._dispatch()
                 case wire.Told(id, result, error):
                     future = self._asked.get(id)
                     if future is not None and not future.done():
@@ -300,20 +303,22 @@ class Supervisor:
     def _stepped(self, message: wire.Stepped) -> None:
         if message.gauge is not None:
             self.gauge = message.gauge
+        changed = bool(message.ended)
         for delta in message.deltas:
             stream = self._of(delta.request)
             if stream is None:
                 continue
             stream.take(delta)
-            if clear(stream):
-                self._dispatch()
+            changed |= clear(stream)
             if stream.queue.qsize() > MAX_PENDING:
                 self._take_back(stream)
                 self._live.pop(stream.request.id)
                 stream.end(Unavailable("the reader is too slow"))
-                self._dispatch()
+                changed = True
         for end in message.ended:
             self._finish(end.id, end if end.error is None else Fault(end.error))
+        if changed:  # not before the whole step is known: who is cleared by it may have ended in it
+            self._dispatch()
         self.observe(message)
 
     def _finish(self, key: str, item: wire.Ended | Exception) -> None:
@@ -322,7 +327,6 @@ class Supervisor:
         if stream is not None:
             del self._live[stream.request.id]
             stream.end(item)
-            self._dispatch()
 
     async def _after_death(self, code: int, problem: Any) -> bool:
         """Sort out who is to blame and whether there may be another worker."""
