@@ -87,7 +87,9 @@ async def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         return await verdict(world, known, calm, counts, latencies)
 
 
-async def verdict(world: World, known: list[Known], calm: list[Any], counts: Counter[str], latencies: list[float]) -> dict[str, Any]:
+async def verdict(
+    world: World, known: list[Known], calm: list[Any], counts: Counter[str], latencies: list[float]
+) -> dict[str, Any]:
     """What is left, how it ends, and everything counted."""
     server = world.server
     left = await server.idle()
@@ -104,21 +106,30 @@ async def verdict(world: World, known: list[Known], calm: list[Any], counts: Cou
     world.problems += _leaks(server, calm, final)
     world.problems += await stopped(server, 90)
     log = server.log.read_text(errors="replace")
-    world.problems += [f"the log has an unexpected fault: {m}" for m in re.findall(r"^.*(?:failed$|Traceback).*$", log, re.MULTILINE)][:5]
+    faults = re.findall(r"^.*(?:failed$|Traceback|graceful shutdown exceeded).*$", log, re.MULTILINE)
+    world.problems += [f"the log has an unexpected fault: {m}" for m in faults[:5]]
     ordered = sorted(latencies) or [0.0]
     memory = {
-        role: {"start_mib": _own(calm, role) / MIB, "end_mib": _own(final, role) / MIB, "peak_mib": max(_own(s, role) for _, s in server.samples) / MIB}
+        role: {
+            "start_mib": _own(calm, role) / MIB,
+            "minutes_mib": [round(_own(look, role) / MIB, 1) for _, look in server.samples[::60]],
+            "end_mib": _own(final, role) / MIB,
+        }
         for role in ("front", "worker", "helper")
-    }  # fmt: skip
+    }
     return {
         "innocent": dict(sorted(counts.items())),
-        "attacks": {f"{name}: {status or 'closed'}": n for (name, status), n in sorted(world.statuses.items(), key=str)},
+        "attacks": {
+            f"{name}: {status or 'closed'}": n for (name, status), n in sorted(world.statuses.items(), key=str)
+        },
         "faults": dict(sorted(world.faults.items())),
         "deaths_in_log": log.count("the worker died"),
         "refused_as_guilty": log.count("it ends the worker"),
         "preemptions": metrics["paceline_num_preemptions_total"],
         "cache_hits": metrics["paceline_prefix_cache_hits_total"],
-        "health_ms": {f"p{p}": 1e3 * ordered[min(len(ordered) - 1, len(ordered) * p // 100)] for p in (50, 90, 99, 100)},
+        "health_ms": {
+            f"p{p}": 1e3 * ordered[min(len(ordered) - 1, len(ordered) * p // 100)] for p in (50, 90, 99, 100)
+        },
         "memory": memory,
         "left": left,
         "problems": world.problems,
@@ -160,7 +171,11 @@ def show(result: dict[str, Any]) -> None:
         value = result[name]
         print(f"{name:>18}  {json.dumps(value, default=str) if isinstance(value, dict) else value}")
     n = sum(v for k, v in result["innocent"].items() if ", " in k and "again" not in k)
-    verdict = {"answers compared": n, "mismatches": result["innocent"].get("mismatches", 0), "lost": result["innocent"].get("lost", 0)}
+    verdict = {
+        "answers compared": n,
+        "mismatches": result["innocent"].get("mismatches", 0),
+        "lost": result["innocent"].get("lost", 0),
+    }
     print(f"{'verdict':>18}  {json.dumps(verdict)}, {len(result['problems'])} problems")
     for problem in result["problems"][:MAX_PROBLEMS]:
         print(f"\nPROBLEM {problem[:6000]}")

@@ -61,9 +61,9 @@ def bombs(draw: random.Random) -> dict[str, tuple[str, str, set[int | None]]]:
         "n = 5e6": (v1, body(n=5_000_000), {400}),
         "logprobs = 1e9": (v1, body(logprobs=10**9), {400}),
         "prompt_logprobs = -1": (v1, body(prompt_logprobs=-1), {400}),
-        "priority of 400 digits": (v1, '{"prompt": "a", "priority": %s}' % NINES, {400}),
-        "top_k of 400 digits": (v1, '{"prompt": "a", "top_k": %s}' % NINES, {400}),
-        "seed of 400 digits": (v1, '{"prompt": "a", "seed": %s}' % NINES, {400}),
+        "priority of 400 digits": (v1, f'{{"prompt": "a", "priority": {NINES}}}', {400}),
+        "top_k of 400 digits": (v1, f'{{"prompt": "a", "top_k": {NINES}}}', {400}),
+        "seed of 400 digits": (v1, f'{{"prompt": "a", "seed": {NINES}}}', {400}),
         "bias of 1e400": (v1, '{"prompt": "a", "logit_bias": {"5": 1e400}}', {400}),
         "lone surrogate": (v1, '{"prompt": "a", "stop": ["\\ud800"]}', {400}),
         "500k stops": (v1, body(stop=["x"] * 200_000), {400, 413}),
@@ -133,7 +133,9 @@ async def raw(world: World, data: bytes, listen_s: float, receive_buffer: int = 
 
 def head(server: Server, length: int, path: str = "/v1/completions", who: str = "eve", more: str = "") -> bytes:
     key = server.keys[who]
-    lines = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n"
+    lines = (
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n"
+    )
     return f"{lines}content-length: {length}\r\n{more}\r\n".encode()
 
 
@@ -161,7 +163,10 @@ async def garbage(world: World) -> None:
         "foreign page": (head(world.server, len(body), more="origin: https://evil.example\r\n") + body, {403}),
         "compressed": (head(world.server, 2, more="content-encoding: gzip\r\n") + b"{}", {415}),
         "half a body": (head(world.server, 500) + body, {408, None}),
-        "websocket": (b"GET /v1/completions HTTP/1.1\r\nhost: localhost\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n", {401, 404, 405, None}),
+        "websocket": (
+            b"GET /v1/completions HTTP/1.1\r\nhost: localhost\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n",
+            {401, 404, 405, None},
+        ),
     }  # fmt: skip
     name = draw.choice(sorted(kinds))
     data, allowed = kinds[name]
@@ -194,7 +199,9 @@ async def leave(world: World) -> None:
 async def stall(world: World) -> None:
     """Ask for much and take nothing: the server must close the connection, or have written all into the kernel's buffers."""
     body = json.dumps({**LONG, "stream": True, "n": 8, "logprobs": 20}).encode()
-    found = await raw(world, head(world.server, len(body), more="connection: close\r\n") + body, 20.0, receive_buffer=4096)
+    found = await raw(
+        world, head(world.server, len(body), more="connection: close\r\n") + body, 20.0, receive_buffer=4096
+    )
     world.saw("slow reader", _status(found), {200, 503}, "the connection was still open")
 
 
@@ -245,7 +252,12 @@ async def spoil(world: World) -> None:
             data = bytearray(path.read_bytes())
             if how == "flip" and data:
                 data[world.draw.randrange(len(data))] ^= 1 << world.draw.randrange(8)
-            parts = {"cut": data[: len(data) // 2], "flip": data, "empty": b"", "noise": world.draw.randbytes(len(data))}
+            parts = {
+                "cut": data[: len(data) // 2],
+                "flip": data,
+                "empty": b"",
+                "noise": world.draw.randbytes(len(data)),
+            }
             path.write_bytes(parts[how])
 
 
@@ -313,7 +325,9 @@ async def saboteur(world: World, pause_s: float = 4.0) -> None:
     while not world.stop.is_set():
         await asyncio.sleep(draw.uniform(0.2, 2 * pause_s))
         await _settled(world)
-        kind = draw.choice(["kill", "kill", "kill twice", "kill in restart", "crash", "abort", "pause", "reload", "reload and kill"])
+        kind = draw.choice(
+            ["kill", "kill", "kill twice", "kill in restart", "crash", "abort", "pause", "reload", "reload and kill"]
+        )
         world.faults[kind] += 1
         if kind == "pause":
             await _pause(world)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-WORDS = "the quick brown fox def class return import list of cities Paris naïve 東京 🙂 print value 42 = + - ( ) ; and or not".split()
+WORDS = re.findall(
+    r"\S+",
+    "the quick brown fox def class return import list of cities Paris naïve 東京 🙂 print value 42 = + - ( ) ; and or not",
+)
 TOOL = {
     "type": "function",
     "function": {
@@ -42,7 +46,20 @@ class Ask:
 def asks(seed: int, n: int) -> list[Ask]:
     """n requests of all kinds, the same for the same seed."""
     draw = random.Random(seed)
-    kinds = [_plain, _sampled, _many, _logprobs, _scored, _stops, _regex, _schema, _chat, _chat_logprobs, _tools, _prompts]
+    kinds = [
+        _plain,
+        _sampled,
+        _many,
+        _logprobs,
+        _scored,
+        _stops,
+        _regex,
+        _schema,
+        _chat,
+        _chat_logprobs,
+        _tools,
+        _prompts,
+    ]
     return [kinds[i % len(kinds)](draw) for i in range(n)]
 
 
@@ -149,7 +166,9 @@ def _check(status: int, headers: httpx.Headers, text: str) -> None:
 
 
 def _whole(choice: dict[str, Any], path: str) -> dict[str, Any]:
-    form = {name: choice.get(name) for name in ("index", "finish_reason", "stop_reason", "token_ids", "prompt_logprobs")}
+    form = {
+        name: choice.get(name) for name in ("index", "finish_reason", "stop_reason", "token_ids", "prompt_logprobs")
+    }
     if path == "/v1/completions":
         lp = choice["logprobs"] or {}
         return {**form, "text": choice["text"], **{k: lp.get(k) for k in ("tokens", "token_logprobs", "top_logprobs")}}
@@ -193,7 +212,9 @@ def _empty(index: int, path: str) -> dict[str, Any]:
     return {**form, "content": "", "calls": [], "logprobs": None}
 
 
-def difference(expected: list[dict[str, Any]], got: list[dict[str, Any]], names: Iterable[str] | None = None) -> str | None:
+def difference(
+    expected: list[dict[str, Any]], got: list[dict[str, Any]], names: Iterable[str] | None = None
+) -> str | None:
     """Where two answers differ first, in these fields (None: all); None where they are equal."""
     if len(expected) != len(got):
         return f"{len(got)} choices, not {len(expected)}"

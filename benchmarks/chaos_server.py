@@ -80,7 +80,7 @@ class Server:
     def _children(self) -> dict[int, tuple[int, str]]:
         """pid: (parent, state) of all that descends from the front."""
         found, family = {}, {self.process.pid}
-        for entry in sorted((int(p) for p in os.listdir("/proc") if p.isdigit())):
+        for entry in sorted(int(p) for p in os.listdir("/proc") if p.isdigit()):
             with contextlib.suppress(OSError):
                 fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
                 found[entry] = (int(fields[1]), fields[0])

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,8 @@ async def one(
         data = json.dumps({**body, "max_tokens": 200, "stream": stream}).encode()
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(attacks.head(server, len(data), path) + data)
-        try:
+        with contextlib.suppress(asyncio.TimeoutError, OSError):
             await asyncio.wait_for(reader.read(draw.randrange(1, 900)), draw.choice([0.0, 0.02, 0.2]))
-        except (asyncio.TimeoutError, OSError):
-            pass
         writer.transport.abort()
         counts["left"] += 1
         return
@@ -98,6 +97,11 @@ async def one(
         problems.append(f"{type(e).__name__}: stream={stream} {path} {json.dumps(body)}")
         return
     counts[f"{path.rpartition('nowhere')[0] or path}: {found.status_code}"] += 1
+
+
+async def client(left: Iterator[int], *shared: Any) -> None:
+    for _ in left:
+        await one(*shared)
 
 
 async def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -110,12 +114,8 @@ async def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         async with server.client("ann") as http:
             for _ in range(N_ROUNDS):
                 left = iter(range(options.requests // N_ROUNDS))
-
-                async def client() -> None:
-                    for _ in left:
-                        await one(server, http, draw, counts, problems)
-
-                await asyncio.gather(*(client() for _ in range(options.clients)))
+                shared = (server, http, draw, counts, problems)
+                await asyncio.gather(*(client(left, *shared) for _ in range(options.clients)))
                 rest = await server.idle()
                 await asyncio.sleep(0.5)
                 rounds.append(_state(server))
@@ -124,14 +124,22 @@ async def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         problems += [f"not idle: {rest}"] if any(rest.values()) else []
         problems += await stopped(server, 90)
     slopes = {role: _slope(rounds, role, options.requests) for role in rounds[-1]}
-    problems += [f"{role}: grows by {s / MIB:.2f} MiB for 1,000 requests" for role, s in slopes.items() if s > MAX_SLOPE[role]]
+    problems += [
+        f"{role}: grows by {s / MIB:.2f} MiB for 1,000 requests" for role, s in slopes.items() if s > MAX_SLOPE[role]
+    ]
     warm = rounds[int(WARM * N_ROUNDS)]
     for role, now in rounds[-1].items():
         for what, slack in (("n_fds", 4), ("n_threads", 2)):
             if now[what] > warm[role][what] + slack:
                 problems.append(f"{role}: {what} {warm[role][what]} after the warm-up, {now[what]} at the end")
     kib = {role: round(s / 1024, 1) for role, s in slopes.items()}
-    return {"counts": dict(sorted(counts.items())), "kib_per_1000": kib, "rounds": rounds, "took_s": took, "problems": problems}
+    return {
+        "counts": dict(sorted(counts.items())),
+        "kib_per_1000": kib,
+        "rounds": rounds,
+        "took_s": took,
+        "problems": problems,
+    }
 
 
 def _state(server: Server) -> dict[str, dict[str, int]]:

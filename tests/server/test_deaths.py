@@ -44,7 +44,7 @@ def kinds() -> list[Request]:
         "logprobs": {"logprobs": 3},
         "scored": {"prompt_logprobs": 2, "n": 2, "logprobs": 0},
         "stop": {"stop": ("zzzz never", " th", "ing ")},  # text is held back while it may become a stop string
-        "bytes": {"logit_bias": {i: 12.0 for i in range(130, 230)}, "temperature": 1.3},  # halves of characters
+        "bytes": {"logit_bias": dict.fromkeys(range(130, 230), 12.0), "temperature": 1.3},  # halves of characters
         "regex": {"constraint": Constraint("regex", "[a-z]{9,30}( [a-z]+){3,5}!")},
         "grammar": {"constraint": Constraint("json_schema", '{"type": "array", "items": {"type": "integer"}, "maxItems": 9}')},
     }  # fmt: skip

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -29,7 +31,7 @@ def model(server: Served) -> Any:
     return next(iter(server.server.models.loaded.values()))
 
 
-def test_a_call_that_nothing_was_computed_for_yet_survives_a_reload(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_nothing_was_computed_for_yet_survives_a_reload(server: Served) -> None:
     old, began, go = model(server), threading.Event(), threading.Event()
     check = old.check_constraint
 
@@ -60,7 +62,9 @@ def test_every_way_a_call_ends_takes_the_model_out_of_its_hand(server: Served, s
     with server.client() as http:
         assert http.post(CHAT, json={"messages": QUESTION, "max_tokens": 3, "stream": stream}).status_code == 200
         assert http.post(COMPLETIONS, json={"prompt": "a", "n": 99, "stream": stream}).status_code == 400
-        with http.stream("POST", COMPLETIONS, json={"prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True}):
+        with http.stream(
+            "POST", COMPLETIONS, json={"prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True}
+        ):
             assert model(server).n_calls == 1
     eventually(lambda: model(server).n_calls == 0 and model(server).supervisor.n_live == 0)
 
@@ -77,8 +81,6 @@ def test_a_client_that_leaves_is_no_fault(server: Served, caplog: pytest.LogCapt
     caplog.set_level(logging.INFO)
     with server.client() as http, http.stream("GET", "/health"):
         pass
-    import socket
-
     body = json.dumps({"prompt": "print", "max_tokens": 900, "ignore_eos": True}).encode()
     with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as s:
         head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
@@ -164,3 +166,18 @@ def test_totals_of_a_model_that_is_being_replaced_are_counted_once() -> None:
         for source, steps in ((0, old), (1, new)):
             metrics.stepped("m", wire.Gauge(0, 0, 0.0, {"steps": steps}), source)
     assert summary(metrics.registry)["paceline_engine_steps_total{model_name=m}"] == 102 + 12
+
+
+@pytest.mark.parametrize(("path", "status"), [("/v1/nowhere", 404), ("/health", 405)])
+def test_a_body_that_nobody_wants_does_not_cost_the_client_the_answer(server: Served, path: str, status: int) -> None:
+    """The body comes after the head: were the connection closed between them, the client would get a reset instead of the answer."""
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as s:
+        s.settimeout(10)
+        for _ in range(2):  # and the connection lives on
+            s.sendall(head)
+            time.sleep(0.1)
+            s.sendall(b'{"a": 12}')
+            answer = s.recv(1 << 16)
+            assert answer.startswith(f"HTTP/1.1 {status}".encode())
+            assert b"connection: close" not in answer.lower()

@@ -58,7 +58,8 @@ class Answer:
         self.call, self.model, self.params = call, model, params
         who = call.identity
         own = f"{who.name}/{salt}" if salt else who.name
-        now, unique = time.perf_counter(), secrets.token_hex(4)  # clients choose the call's id, and may choose one twice
+        now = time.perf_counter()
+        unique = secrets.token_hex(4)  # clients choose the call's id, and may choose one twice
         self.requests = [
             Request(
                 f"{call.id}-{unique}-{i}",

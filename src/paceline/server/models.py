@@ -154,7 +154,7 @@ class Model:
             raise RequestError(
                 f"response_format: this server runs without {CONSTRAINTS}; nothing else keeps to a constraint"
             )
-        if not self.grammars.passed(params.constraint):  # one at a time takes a second and a half of a hostile text, so not among others' threads
+        if not self.grammars.passed(params.constraint):  # a hostile text takes seconds: those wait among themselves
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._checks, self.grammars.check, params.constraint)
 

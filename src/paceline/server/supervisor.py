@@ -73,7 +73,7 @@ class Supervisor:
         self._live: dict[str, Stream] = {}
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._ids = itertools.count(1)
-        self._leaving: set[str] = set()  # keys that were aborted, and of which the worker has not said yet that they ended
+        self._leaving: set[str] = set()  # keys aborted, of which the worker has not said yet that they ended
         self._deaths: deque[float] = deque()
         self._heard = 0.0  # when the worker last said anything, or was given work
         self._link: _Link | None = None

@@ -122,7 +122,8 @@ class Grammars:
         self.eos = sorted(t for t in (eos or tokenizer.ends) if t < self.n_vocab)
         special = tokenizer.backend.get_added_tokens_decoder()
         self._trial = Trial([token.content for token in special.values() if token.special])
-        self._kept: OrderedDict[Constraint, Grammar | str | Literal[True]] = OrderedDict()  # or why not, or that it passed `check`
+        # What became of a constraint: compiled, why it is refused, or that it passed `check`.
+        self._kept: OrderedDict[Constraint, Grammar | str | Literal[True]] = OrderedDict()
         self._ll: llguidance.LLTokenizer | None = None
         self._lock = threading.Lock()  # of the table
         self._work = threading.Lock()  # of compilation
