@@ -119,3 +119,33 @@ def test_a_reader_who_takes_no_keep_alive_is_dropped() -> None:
 
     asyncio.run(whole())
     assert pieces.closed
+
+
+def test_a_stream_ends_at_whatever_moment_a_keep_alive_is_written() -> None:
+    """The end of the stream cancels the watch in every state of its write, the last of which is done and not yet noticed."""
+
+    class Slow(Reader):
+        def __init__(self) -> None:
+            super().__init__()
+            self.writing, self.go = asyncio.Event(), asyncio.Event()
+
+        async def send(self, message: Any) -> None:
+            if message.get("body") == KEEP_ALIVE:
+                self.writing.set()
+                await self.go.wait()
+            await super().send(message)
+
+    async def whole(n_ticks: int) -> None:
+        reader = Slow()
+
+        async def pieces() -> AsyncGenerator[bytes, None]:
+            yield b"data: 1\n\n"
+            await reader.writing.wait()
+            reader.go.set()
+            for _ in range(n_ticks):
+                await asyncio.sleep(0)
+
+        await stream(reader, pieces(), keep_alive_s=0.01)
+
+    for n_ticks in range(6):
+        asyncio.run(whole(n_ticks))

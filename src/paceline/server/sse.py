@@ -120,9 +120,12 @@ class EventStream:
                 self._give_up(me)
                 return
             else:
+                writing = asyncio.ensure_future(self._write(send, KEEP_ALIVE))
                 try:
-                    await asyncio.wait_for(self._write(send, KEEP_ALIVE), self._write_timeout)
-                except asyncio.TimeoutError:  # nothing of what was written before has been taken
+                    await asyncio.wait({writing}, timeout=self._write_timeout)  # wait_for could lose a cancellation
+                finally:
+                    writing.cancel()
+                if not writing.done():  # nothing of what was written before has been taken
                     self._give_up(me)
                     return
 

@@ -151,18 +151,22 @@ class Supervisor:
         queue: Pieces = asyncio.Queue()
         streams = [self.submit(r, queue) for r in requests]
         places = {stream: i for i, stream in enumerate(streams)}
-        end = None if deadline_s is None else time.monotonic() + deadline_s
+        late = (streams[0], Unavailable("the request took longer than this server allows"))
+        loop = asyncio.get_running_loop()
+        timer = None if deadline_s is None else loop.call_later(deadline_s, queue.put_nowait, late)
         n_open = len(streams)
         try:
             while n_open:
                 items = []
-                for stream, item in await _gathered(queue, end):
+                for stream, item in await _gathered(queue):
                     if isinstance(item, Exception):
                         raise item
                     n_open -= isinstance(item, wire.Ended)
                     items.append((places[stream], item))
                 yield items
         finally:
+            if timer is not None:
+                timer.cancel()
             for stream in streams:
                 self.abort(stream)
 
@@ -379,12 +383,9 @@ class Supervisor:
                     await asyncio.wait_for(self._changed.wait(), 0.05)
 
 
-async def _gathered(queue: Pieces, end: float | None) -> list[tuple[Stream, Piece]]:
-    """The next items of a queue, all that are there. Raises Unavailable at the time `end`."""
-    try:
-        items = [await asyncio.wait_for(queue.get(), None if end is None else max(0.0, end - time.monotonic()))]
-    except asyncio.TimeoutError:
-        raise Unavailable("the request took longer than this server allows") from None
+async def _gathered(queue: Pieces) -> list[tuple[Stream, Piece]]:
+    """The next items of a queue, all that are there."""
+    items = [await queue.get()]
     while not queue.empty():
         items.append(queue.get_nowait())
     return items
