@@ -145,7 +145,11 @@ def test_a_stream_ends_at_whatever_moment_a_keep_alive_is_written() -> None:
             for _ in range(n_ticks):
                 await asyncio.sleep(0)
 
-        await stream(reader, pieces(), keep_alive_s=0.01)
+        answer = EventStream(pieces(), keep_alive_s=0.01, write_timeout_s=10.0)
+        task = asyncio.ensure_future(answer({}, reader.receive, reader.send))
+        await asyncio.wait({task}, timeout=5)
+        assert task.done(), n_ticks
+        task.result()
 
     for n_ticks in range(6):
         asyncio.run(whole(n_ticks))
