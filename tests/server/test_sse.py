@@ -101,3 +101,55 @@ def test_cancelling_the_server_side_is_passed_on() -> None:
         return False
 
     assert asyncio.run(whole())
+
+
+def test_a_reader_who_takes_no_keep_alive_is_dropped() -> None:
+    """A comment that cannot be written must not hold the watch that would notice it."""
+
+    class Full(Reader):
+        async def send(self, message: Any) -> None:
+            if message.get("body") == KEEP_ALIVE:
+                await asyncio.Event().wait()
+            await super().send(message)
+
+    pieces = Pieces(wait=30.0)
+
+    async def whole() -> None:
+        await stream(Full(), pieces.run(), keep_alive_s=0.02, write_timeout_s=0.05)
+
+    asyncio.run(whole())
+    assert pieces.closed
+
+
+def test_a_stream_ends_at_whatever_moment_a_keep_alive_is_written() -> None:
+    """The end of the stream cancels the watch in every state of its write, the last of which is done and not yet noticed."""
+
+    class Slow(Reader):
+        def __init__(self) -> None:
+            super().__init__()
+            self.writing, self.go = asyncio.Event(), asyncio.Event()
+
+        async def send(self, message: Any) -> None:
+            if message.get("body") == KEEP_ALIVE:
+                self.writing.set()
+                await self.go.wait()
+            await super().send(message)
+
+    async def whole(n_ticks: int) -> None:
+        reader = Slow()
+
+        async def pieces() -> AsyncGenerator[bytes, None]:
+            yield b"data: 1\n\n"
+            await reader.writing.wait()
+            reader.go.set()
+            for _ in range(n_ticks):
+                await asyncio.sleep(0)
+
+        answer = EventStream(pieces(), keep_alive_s=0.01, write_timeout_s=10.0)
+        task = asyncio.ensure_future(answer({}, reader.receive, reader.send))
+        await asyncio.wait({task}, timeout=5)
+        assert task.done(), n_ticks
+        task.result()
+
+    for n_ticks in range(6):
+        asyncio.run(whole(n_ticks))

@@ -163,6 +163,8 @@ class Engine:
             seq.finish_reason = had.finish_reason
             if not seq.done:
                 self.runner.scheduler.add(seq)
+        if live.done:
+            self._retire(live)
 
     def _sequence(self, request: Request, index: int, seed: int, adapter: Adapter | None) -> Sequence:
         self._ids += 1
@@ -372,7 +374,7 @@ class Engine:
                 live.request.id,
                 list(live.request.tokens),
                 completions,
-                first.prompt_logprobs,
+                next((s.prompt_logprobs for s in live.seqs if s.prompt_logprobs is not None), None),
                 first.n_cached,
                 sum(s.n_preempted for s in live.seqs),
                 self._timing(live),

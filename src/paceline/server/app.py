@@ -59,8 +59,8 @@ class Server:
         first = self.models.loaded.get(self.models.first.names[0])
         return "starting" if first is None else first.supervisor.state
 
-    def _observe(self, name: str, stepped: Stepped) -> None:
-        self.metrics.stepped(name, stepped.gauge)
+    def _observe(self, name: str, source: int, stepped: Stepped) -> None:
+        self.metrics.stepped(name, stepped.gauge, source)
         if stepped.gauge is not None:
             self.metrics.restarts(self.models)
 
@@ -101,14 +101,13 @@ def _endpoint(server: Server, route: Route) -> Callable[[Request], Awaitable[Any
     """A route's endpoint as Starlette calls it: the body is read and typed before."""
 
     async def endpoint(request: Request) -> Any:
+        body = () if route.body is None else (schema.parse(await request.body(), route.body),)
         call = Call(server, request)
         try:
-            bodies = () if route.body is None else (schema.parse(await request.body(), route.body),)
-            answer = await route.endpoint(call, *bodies)
+            return _closing(call, await route.endpoint(call, *body))
         except BaseException:
             call.close()
             raise
-        return _closing(call, answer)
 
     return endpoint
 

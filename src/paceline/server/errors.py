@@ -45,6 +45,10 @@ _ANTHROPIC_TYPES: Mapping[int, str] = {
 _FIELD = re.compile(r"([a-z_][\w.\[\]-]{0,63})\s*[:=]")
 
 
+class ClientGone(ClientDisconnect):
+    """The client has left; nobody reads an answer."""
+
+
 class Unavailable(PacelineError):
     """No worker can take the request now; it may be tried again later."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import ipaddress
 import logging
@@ -35,6 +36,8 @@ _ONCE = frozenset(
 )
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _SAFE = ("GET", "HEAD", "OPTIONS")
+UNWANTED = 64 << 10  # bytes of a body that are taken in although the answer does not depend on them
+UNWANTED_S = 1.0  # and for how long
 _JSON = re.compile(r"application/json\s*(;.*)?", re.IGNORECASE | re.DOTALL)
 _PORTS = {"http": 80, "https": 443}
 PAGE_CSP = (
@@ -141,7 +144,7 @@ class Guard:
         headers: Headers = scope["headers"]
         state = scope.setdefault("state", {})
         request_id = state["request_id"] = _request_id(headers)
-        body = _Body(receive, self.rules, _has_body(headers))
+        body = _Body(receive, self.rules, _has_body(headers), _is_small(headers))
         answer = _Answer(send, request_id, body, scope["http_version"].startswith("1"))
         self.n_running += 1
         start = time.perf_counter()
@@ -242,8 +245,8 @@ def _log(scope: Scope, answer: _Answer, seconds: float) -> None:
 class _Body:
     """`receive`, with a bound on the body's size and on the time it takes to arrive."""
 
-    def __init__(self, receive: Receive, rules: Rules, announced: bool):
-        self.receive, self.limit, self.announced = receive, rules.max_body, announced
+    def __init__(self, receive: Receive, rules: Rules, announced: bool, small: bool = False):
+        self.receive, self.limit, self.announced, self.small = receive, rules.max_body, announced, small
         self.deadline = asyncio.get_running_loop().time() + rules.body_timeout
         self.n_bytes = 0
         self.complete = False
@@ -265,6 +268,18 @@ class _Body:
                 raise _too_large(self.limit)
         return message
 
+    async def finish(self) -> None:
+        """Take the rest of a small body that nobody wants: what is unread when a connection is closed can cost the client the answer."""
+        if self.complete or not (self.small and self.announced):
+            return
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._rest(), UNWANTED_S)
+
+    async def _rest(self) -> None:
+        while not self.complete:
+            message = await self.receive()
+            self.complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
+
 
 class _Answer:
     """`send`, with the headers that every answer carries. Bodies pass as they come."""
@@ -278,6 +293,7 @@ class _Answer:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started, self.status = True, message["status"]
+            await self.body.finish()
             given = message.get("headers", [])
             names = {name.lower(): value for name, value in given}
             message = {**message, "headers": [*given, *(h for h in self._headers(names) if h[0] not in names)]}
@@ -332,6 +348,11 @@ def _request_id(headers: Headers) -> str:
 
 def _has_body(headers: Headers) -> bool:
     return any(n == b"transfer-encoding" or (n == b"content-length" and v.strip(b" 0")) for n, v in headers)
+
+
+def _is_small(headers: Headers) -> bool:
+    lengths = [v for n, v in headers if n == b"content-length"]
+    return bool(lengths) and all(len(v) <= len(str(UNWANTED)) and v.isdigit() and int(v) <= UNWANTED for v in lengths)
 
 
 def _split(authority: str, scheme: str = "") -> tuple[str, int | None]:

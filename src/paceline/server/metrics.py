@@ -75,7 +75,7 @@ class Metrics:
             ]
             self._made[name] = made
         self._labelled: dict[tuple[str, ...], list[Any]] = {}
-        self._seen: dict[tuple[str, str], float] = {}
+        self._seen: dict[tuple[str, str, int], float] = {}
 
     def _counter(self, name: str, text: str, more: Sequence[str]) -> Counter:
         return Counter(name, text, ("model_name", *more), registry=self.registry)
@@ -121,8 +121,8 @@ class Metrics:
             found = self._labelled[key] = [m.labels(*labels) for m in self._made[name]]
         return found
 
-    def stepped(self, model: str, gauge: wire.Gauge | None) -> None:
-        """What a worker says of itself."""
+    def stepped(self, model: str, gauge: wire.Gauge | None, source: int = 0) -> None:
+        """What a worker says of itself. source: which of the model's, as two serve while one replaces the other."""
         if gauge is None:
             return
         values = {
@@ -134,12 +134,12 @@ class Metrics:
             for m in self._children(name, model):
                 m.set(value)
         for name, key in _TOTALS.items():
-            self.total(model, name, gauge.counters.get(key, 0.0))
+            self.total(model, name, gauge.counters.get(key, 0.0), source)
 
-    def total(self, model: str, name: str, value: float) -> None:
+    def total(self, model: str, name: str, value: float, source: int = 0) -> None:
         """A counter kept elsewhere, which starts over when a worker does."""
-        before = self._seen.get((model, name), 0.0)
-        self._seen[model, name] = value
+        before = self._seen.get((model, name, source), 0.0)
+        self._seen[model, name, source] = value
         self.count(model, name, value if value < before else value - before)
 
     def restarts(self, models: Models) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from paceline.assemble import end_tokens, inspect
@@ -128,6 +130,7 @@ class Model:
     base: Model | None = None  # of a view under an adapter's name
     n_calls: int = 0  # that use it, also those that are still being prepared or written out
     _encoding: int = 0  # texts being encoded in other threads
+    _checks: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "constraints"))
 
     @property
     def name(self) -> str:
@@ -143,11 +146,6 @@ class Model:
     def whole(self) -> Model:
         """The model itself, whatever name it goes by here."""
         return self.base or self
-
-    @property
-    def n_open(self) -> int:
-        """What would be cut off if it went now."""
-        return max(self.n_calls, self.supervisor.n_live)
 
     @property
     def ready(self) -> wire.Ready:
@@ -217,22 +215,26 @@ class Model:
                 f"response_format: this server runs without {CONSTRAINTS}; nothing else keeps to a constraint"
             )
         assert self.tokenizer is not None  # raises for a model that has none
-        await asyncio.to_thread(self.front.grammars.check, params.constraint)
+        grammars = self.front.grammars
+        if not grammars.passed(params.constraint):  # a hostile text takes seconds: those wait among themselves
+            await asyncio.get_running_loop().run_in_executor(self._checks, grammars.check, params.constraint)
 
     async def stop(self) -> None:
         """End its processes."""
         await self.supervisor.stop()
+        self._checks.shutdown(wait=False, cancel_futures=True)
         if "grammars" in vars(self.front):
-            self.front.grammars.close()
+            await asyncio.to_thread(self.front.grammars.close)
 
     def text_of(self, token: int) -> str:
         return "" if self.front.tokenizer is None else self.front.tokenizer.decode([token], skip_special_tokens=False)
 
 
 class Models:
-    """Every model on offer. memory: bytes that loaded models may plan for together (None: each sees to itself).
+    """Every model on offer.
 
-    limits: of rendering a conversation.
+    memory: bytes that loaded models may plan for together (None: each sees to itself). observe: called with a model's name, which load of
+    it this is, and what its worker says. limits: of rendering a conversation.
     """
 
     def __init__(
@@ -240,7 +242,7 @@ class Models:
         offers: Sequence[Offer],
         restarts: Restarts | None = None,
         memory: int | None = None,
-        observe: Callable[[str, wire.Stepped], None] = lambda name, stepped: None,
+        observe: Callable[[str, int, wire.Stepped], None] = lambda name, load, stepped: None,
         limits: Limits | None = None,
     ):
         self.offers = {name: offer for offer in offers for name in offer.names}
@@ -252,6 +254,7 @@ class Models:
         self.loaded: dict[str, Model] = {}
         self._restarts, self._memory, self._observe, self._limits = restarts, memory, observe, limits
         self._lock = asyncio.Lock()
+        self._loads = itertools.count()
         self._leaving: set[asyncio.Future[None]] = set()  # replaced models that finish what they have
 
     async def get(self, name: str | None) -> Model:
@@ -305,7 +308,8 @@ class Models:
 
     async def _load(self, offer: Offer) -> Model:
         name = offer.names[0]
-        supervisor = Supervisor(offer.model, offer.config, self._restarts, lambda stepped: self._observe(name, stepped))
+        observe = partial(self._observe, name, next(self._loads))
+        supervisor = Supervisor(offer.model, offer.config, self._restarts, observe)
         if self.loaded:  # the plan counts memory that is free now, so make room before
             front = await asyncio.to_thread(open_front, offer, self._limits)
             await self._make_room(front.plan.peak_bytes)
@@ -314,13 +318,13 @@ class Models:
             starting = asyncio.ensure_future(supervisor.start())
             try:
                 front = await asyncio.to_thread(open_front, offer, self._limits)
-            except PacelineError:
+            except BaseException:
                 starting.cancel()
                 await supervisor.stop()
                 raise
         try:
             await starting
-        except PacelineError:
+        except BaseException:
             await supervisor.stop()
             raise
         model = self.loaded[name] = Model(offer, front, supervisor)
@@ -335,7 +339,7 @@ class Models:
                 503, f"this model needs {n_bytes >> 20} MiB, more than the {self._memory >> 20} MiB for all models"
             )
         while sum(m.front.plan.peak_bytes for m in self.loaded.values()) + n_bytes > self._memory:
-            idle = [m for m in self.loaded.values() if not m.n_open]
+            idle = [m for m in self.loaded.values() if not m.n_calls]
             if not idle:
                 raise Unavailable("memory is full of models that are in use; try again later")
             await self.unload(min(idle, key=lambda m: m.used).name)
@@ -370,7 +374,7 @@ class Models:
                 await old.stop()
                 old = None
                 new = await self._load(offer)
-            except PacelineError:
+            except BaseException:
                 if old is not None:
                     self.loaded[own] = old
                 raise
@@ -392,9 +396,9 @@ class Models:
 
 
 async def _until_idle(models: Iterable[Model], seconds: float) -> int:
-    """Wait until these serve nothing, at most so long; how many requests are left."""
+    """Wait until no call has these in hand, at most so long; how many have."""
     models, end = list(models), time.monotonic() + seconds
-    while (n := sum(m.n_open for m in models)) and time.monotonic() < end:
+    while (n := sum(m.n_calls for m in models)) and time.monotonic() < end:
         await asyncio.sleep(0.05)
     return n
 

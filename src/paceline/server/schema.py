@@ -77,7 +77,7 @@ def _all_problems(body: bytes, kind: type[T]) -> list[tuple[str | None, str]]:
             continue
         hint = hints[fields[name].name]
         try:
-            msgspec.convert(value, hint)
+            msgspec.convert(value, hint, str_keys=True)
         except msgspec.ValidationError as e:
             if hint is type(None):
                 problems.append((name, f"{name}: is not supported by this server; leave it out"))

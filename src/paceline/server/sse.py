@@ -11,11 +11,10 @@ import time
 from collections.abc import AsyncGenerator, Awaitable
 from typing import Any, TypeVar
 
-from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from paceline.core.errors import PacelineError
-from paceline.server.errors import ApiError, from_exception
+from paceline.server.errors import ApiError, ClientGone, from_exception
 
 T = TypeVar("T")
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -25,10 +24,6 @@ DONE = b"data: [DONE]\n\n"
 def event(data: bytes, name: str | None = None) -> bytes:
     """One event; data is JSON, which has no line breaks."""
     return b"data: " + data + b"\n\n" if name is None else b"event: " + name.encode() + b"\ndata: " + data + b"\n\n"
-
-
-class ClientGone(ClientDisconnect):
-    """The client has left; nobody reads an answer."""
 
 
 async def gone(receive: Receive) -> None:
@@ -134,9 +129,12 @@ class EventStream:
                 self._give_up(me)
                 return
             else:
+                writing = asyncio.ensure_future(self._write(send, KEEP_ALIVE))
                 try:
-                    await asyncio.wait_for(self._write(send, KEEP_ALIVE), self._write_timeout)
-                except asyncio.TimeoutError:
+                    await asyncio.wait({writing}, timeout=self._write_timeout)  # wait_for could lose a cancellation
+                finally:
+                    writing.cancel()
+                if not writing.done():  # nothing of what was written before has been taken
                     self._give_up(me)
                     return
 

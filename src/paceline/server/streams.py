@@ -16,7 +16,7 @@ from paceline.core.types import Delta, FinishReason, Request, Resumed
 from paceline.server import wire
 
 MAX_PENDING = 8192  # pieces a stream may leave unread
-CLEAR_AFTER = 2  # tokens past its place at a death that clear a suspect
+CLEAR_AFTER = 2  # tokens of each completion past its place at a death that clear a suspect
 
 
 Piece = Delta | wire.Ended | Exception
@@ -65,13 +65,13 @@ class Stream:
             self.queue.put_nowait((self, item))
 
 
-def blame(in_flight: list[Stream], code: int) -> Stream | None:
+def blame(in_flight: list[Stream], code: int, others: bool = False) -> Stream | None:
     """Mark those in flight at a death as suspects; the one that is proved to be its cause, if any.
 
-    code: of the process, negative for a signal.
+    code: of the process, negative for a signal. others: requests that were given up may still have been computed.
     """
     guilty = None
-    if len(in_flight) == 1:
+    if len(in_flight) == 1 and not others:
         (stream,) = in_flight
         stream.n_alone += 1
         if stream.suspect and (code != -signal.SIGKILL or stream.n_alone >= 3):
@@ -84,7 +84,8 @@ def blame(in_flight: list[Stream], code: int) -> Stream | None:
 
 def clear(stream: Stream) -> bool:
     """Whether a suspect has got past the place where it was when its worker died, and so is none any more."""
-    if not stream.suspect or stream.n_tokens < stream.n_at_death + CLEAR_AFTER:
+    n_open = sum(reason is None for reason in stream.reasons)
+    if not stream.suspect or stream.n_tokens < stream.n_at_death + CLEAR_AFTER * n_open:
         return False
     stream.suspect, stream.n_alone = False, 0
     return True

@@ -32,6 +32,9 @@ log = logging.getLogger("paceline.server")
 
 _ERRORS = {e.__name__: e for e in (ConfigError, CheckpointError, OutOfMemory, RequestError, TemplateError)}
 COMMAND = (sys.executable, "-m", "paceline.server.worker")
+STOP_S = 5.0  # for a worker to stop when told to
+GRACE_S = 2.0  # for one that has closed its socket to end
+AGAIN_S = 1.0  # until a process is asked for again where none was to be had
 
 State = Literal["starting", "ready", "restarting", "stopping", "failed"]
 
@@ -70,6 +73,7 @@ class Supervisor:
         self._live: dict[str, Stream] = {}
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._ids = itertools.count(1)
+        self._leaving: set[str] = set()  # keys aborted, of which the worker has not said yet that they ended
         self._deaths: deque[float] = deque()
         self._heard = 0.0  # when the worker last said anything, or was given work
         self._link: _Link | None = None
@@ -100,7 +104,7 @@ class Supervisor:
         if self._link is not None:
             self._link.send(wire.Stop())
         if task is not None:
-            await asyncio.wait({task}, timeout=5.0)
+            await asyncio.wait({task}, timeout=STOP_S)
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, PacelineError):
                 await task
@@ -149,14 +153,16 @@ class Supervisor:
         queue: Pieces = asyncio.Queue()
         places: dict[Stream, int] = {}
         waiting = iter(enumerate(requests))
-        end = None if deadline_s is None else time.monotonic() + deadline_s
-        n_open = len(requests)
+        n_open, timer = len(requests), None
         try:
             for i, r in itertools.islice(waiting, window):
                 places[self.submit(r, queue)] = i
+            if deadline_s is not None:
+                late = (next(iter(places)), Unavailable("the request took longer than this server allows"))
+                timer = asyncio.get_running_loop().call_later(deadline_s, queue.put_nowait, late)
             while n_open:
                 items = []
-                for stream, item in await _gathered(queue, end):
+                for stream, item in await _gathered(queue):
                     if isinstance(item, Exception):
                         raise item
                     if isinstance(item, wire.Ended):
@@ -166,6 +172,8 @@ class Supervisor:
                     items.append((places[stream], item))
                 yield items
         finally:
+            if timer is not None:
+                timer.cancel()
             for stream in places:
                 self.abort(stream)
 
@@ -206,20 +214,28 @@ class Supervisor:
         if self._link is None or self.state != "ready":
             return
         to_send, to_take_back = next_moves(self._live.values())
+        if to_send and not self._busy:
+            self._heard = time.monotonic()
         for stream in to_take_back:
             self._take_back(stream)
+        if self._leaving and any(s.suspect for s in to_send):
+            return  # a suspect is sent when nothing else can be running: only then does a death prove anything
         for stream in to_send:
             try:
                 self._link.send(stream.submission())
             except (OverflowError, TypeError, ValueError) as e:  # it cannot be written down, which is its fault alone
                 del self._live[stream.request.id]
                 stream.end(RequestError(f"the request cannot be sent to the engine ({e})"))
-        if to_send:
-            self._heard = time.monotonic()
+
+    @property
+    def _busy(self) -> bool:
+        """Whether the worker has something to compute, as far as is known."""
+        return bool(self._leaving) or any(s.sent for s in self._live.values())
 
     def _take_back(self, stream: Stream) -> None:
         if stream.sent and self._link is not None:
             self._link.send(wire.Abort(stream.key))
+            self._leaving.add(stream.key)
         stream.sent = False
 
     # ---- the worker
@@ -228,20 +244,7 @@ class Supervisor:
         """Run workers until one is stopped or too many have died."""
         me = asyncio.current_task()
         while True:
-            link = self._link = _Link(self.command)
-            self.pid = link.process.pid
-            watch = asyncio.create_task(self._watch(link))
-            try:
-                await link.open()
-                link.send(wire.Start(self.model, self.config))
-                problem = await self._listen(link)
-            except (OSError, ValueError) as e:
-                problem = f"{type(e).__name__}: {e}"
-            finally:
-                watch.cancel()
-                self._link = self.pid = None
-                link.close(by_force=self._task is me)
-            code = await asyncio.to_thread(link.process.wait)
+            code, problem = await self._run_worker()
             if self._task is not me:  # stopped
                 return
             if isinstance(problem, PacelineError):
@@ -250,12 +253,34 @@ class Supervisor:
             if not await self._after_death(code, problem):
                 return
 
+    async def _run_worker(self) -> tuple[int, Any]:
+        """Serve by one worker to its end: its exit code, and what ended it. None is left running, whatever ends this."""
+        try:
+            link = self._link = _Link(self.command)
+        except OSError as e:  # no process or descriptor to be had
+            await asyncio.sleep(AGAIN_S)
+            return 1, f"it cannot be started: {e}"
+        self.pid = link.process.pid
+        watch = asyncio.create_task(self._watch(link))
+        problem, grace, code = None, 0.0, 1
+        try:
+            await link.open()
+            link.send(wire.Start(self.model, self.config))
+            problem, grace = await self._listen(link), GRACE_S
+        except Exception as e:  # a fault of ours too must not leave streams waiting for ever
+            log.error("listening to the worker failed", exc_info=e)
+            problem = f"{type(e).__name__}: {e}"
+        finally:
+            watch.cancel()
+            self._link = self.pid = None
+            code = await link.end(grace)
+        return code, problem
+
     async def _watch(self, link: _Link) -> None:
         """End a worker that computes nothing though it has work: a deadlock is a death too."""
         while True:
             await asyncio.sleep(min(5.0, self.restarts.step_s / 4))
-            busy = self.state == "ready" and any(s.sent for s in self._live.values())
-            if busy and time.monotonic() - self._heard > self.restarts.step_s:
+            if self.state == "ready" and self._busy and time.monotonic() - self._heard > self.restarts.step_s:
                 log.error("the worker has not finished a step within %g s", self.restarts.step_s)
                 link.process.kill()
 
@@ -268,6 +293,7 @@ class Supervisor:
                     self._stepped(message)
                 case wire.Refused(key, text):
                     self._finish(key, RequestError(text))
+                    self._dispatch()
                 case wire.Told(id, result, error):
                     future = self._asked.get(id)
                     if future is not None and not future.done():
@@ -275,9 +301,10 @@ class Supervisor:
                 case wire.Loading():
                     self.loading = message
                 case wire.Ready():
-                    self.ready = message
-                    await self._set("ready")
-                    self._dispatch()
+                    if self.state != "stopping":
+                        self.ready = message
+                        await self._set("ready")
+                        self._dispatch()
                 case wire.Failed(kind, problems):
                     made = _ERRORS.get(kind, PacelineError)
                     return made(problems) if made is ConfigError else made("; ".join(problems))
@@ -291,27 +318,30 @@ class Supervisor:
     def _stepped(self, message: wire.Stepped) -> None:
         if message.gauge is not None:
             self.gauge = message.gauge
+        changed = bool(message.ended)
         for delta in message.deltas:
             stream = self._of(delta.request)
             if stream is None:
                 continue
             stream.take(delta)
-            if clear(stream):
-                self._dispatch()
+            changed |= clear(stream)
             if stream.queue.qsize() > MAX_PENDING:
                 self._take_back(stream)
                 self._live.pop(stream.request.id)
                 stream.end(Unavailable("the reader is too slow"))
+                changed = True
         for end in message.ended:
             self._finish(end.id, end if end.error is None else Fault(end.error))
+        if changed:  # not before the whole step is known: who is cleared by it may have ended in it
+            self._dispatch()
         self.observe(message)
 
     def _finish(self, key: str, item: wire.Ended | Exception) -> None:
+        self._leaving.discard(key)
         stream = self._of(key)
         if stream is not None:
             del self._live[stream.request.id]
             stream.end(item)
-            self._dispatch()
 
     async def _after_death(self, code: int, problem: Any) -> bool:
         """Sort out who is to blame and whether there may be another worker."""
@@ -321,7 +351,8 @@ class Supervisor:
         for future in self._asked.values():
             if not future.done():
                 future.set_exception(Unavailable("the worker died"))
-        guilty = blame(in_flight, code)
+        guilty = blame(in_flight, code, others=bool(self._leaving))
+        self._leaving.clear()
         if guilty is not None:
             log.error("request %s is refused: it ends the worker (%s)", guilty.request.id, how)
             del self._live[guilty.request.id]
@@ -363,13 +394,9 @@ class Supervisor:
                     await asyncio.wait_for(self._changed.wait(), 0.05)
 
 
-async def _gathered(queue: Pieces, end: float | None) -> list[tuple[Stream, Piece]]:
-    """The next items of a queue, all that are there. Raises Unavailable at the time `end`."""
-    try:
-        first = queue.get()
-        items = [await (first if end is None else asyncio.wait_for(first, max(0.0, end - time.monotonic())))]
-    except asyncio.TimeoutError:
-        raise Unavailable("the request took longer than this server allows") from None
+async def _gathered(queue: Pieces) -> list[tuple[Stream, Piece]]:
+    """The next items of a queue, all that are there."""
+    items = [await queue.get()]
     while not queue.empty():
         items.append(queue.get_nowait())
     return items
@@ -404,11 +431,18 @@ class _Link:
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
 
-    def close(self, *, by_force: bool) -> None:
-        """Close the socket, which ends a worker in good health; by_force: end it whatever it does."""
+    async def end(self, grace_s: float) -> int:
+        """Close the socket, which ends a worker in good health, and kill it after grace_s seconds; its exit code."""
         if self._writer is not None:
             self._writer.close()
         else:
             self._sock.close()
-        if by_force:
-            self.process.kill()
+        try:
+            end = time.monotonic() + grace_s
+            while self.process.poll() is None and time.monotonic() < end:
+                await asyncio.sleep(0.005)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+            code = self.process.wait()
+        return code

@@ -86,8 +86,10 @@ class Worker:
         """Take what has come in, waiting while there is nothing to compute; False at the end."""
         while True:
             idle = not self.engine.has_work
-            if idle and self._stale and self._inbox.empty():  # the last word before a silence is how things stand
-                self.send(wire.Stepped([], [], self._gauge()))
+            if idle and self._stale and self._inbox.empty():
+                # The last words before a silence: which requests were aborted, and how things stand.
+                deltas, outputs = self.engine.step()
+                self.send(wire.Stepped(deltas, [ended(o) for o in outputs], self._gauge()))
             try:
                 message = self._inbox.get(block=idle)
             except queue.Empty:

@@ -172,7 +172,7 @@ async def _chunks(call: Call, turn: Turn, body: ChatRequest) -> AsyncGenerator[b
 def _choices(turn: Turn, said: Said, body: ChatRequest) -> list[dict[str, Any]]:
     """The chunks of one piece: one for each kind of delta, the last with how it ended."""
     deltas = [delta for e in said.events if (delta := _delta(e)) is not None]
-    if not deltas and (said.finish is not None or (body.logprobs and said.delta.logprobs)):
+    if not deltas and (said.finish or body.return_token_ids or (body.logprobs and said.delta.logprobs)):
         deltas = [{}]
     found: list[dict[str, Any]] = [
         {"index": said.choice, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas

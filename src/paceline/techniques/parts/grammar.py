@@ -13,7 +13,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from typing import Any
+from typing import Any, Literal
 
 import llguidance
 import numpy as np
@@ -122,7 +122,8 @@ class Grammars:
         self.eos = sorted(t for t in (eos or tokenizer.ends) if t < self.n_vocab)
         special = tokenizer.backend.get_added_tokens_decoder()
         self._trial = Trial([token.content for token in special.values() if token.special])
-        self._kept: OrderedDict[Constraint, Grammar | str] = OrderedDict()
+        # What became of a constraint: compiled, why it is refused, or that it passed `check`.
+        self._kept: OrderedDict[Constraint, Grammar | str | Literal[True]] = OrderedDict()
         self._ll: llguidance.LLTokenizer | None = None
         self._lock = threading.Lock()  # of the table
         self._work = threading.Lock()  # of compilation
@@ -130,9 +131,10 @@ class Grammars:
     def compile(self, constraint: Constraint) -> Grammar:
         """The grammar of a constraint. Raises RequestError that names what is wrong with it, or cannot be kept to."""
         kept = self._look_up(constraint)
-        if kept is None:
+        if kept is None or kept is True:
             with self._work:
-                kept = self._look_up(constraint) or self._keep(constraint)
+                kept = self._look_up(constraint)
+                kept = self._keep(constraint) if kept is None or kept is True else kept
         if isinstance(kept, str):
             raise RequestError(kept)
         return kept
@@ -146,8 +148,13 @@ class Grammars:
             except RequestError as e:
                 self._remember(constraint, str(e))
                 raise
+            self._remember(constraint, True)
         elif isinstance(kept, str):
             raise RequestError(kept)
+
+    def passed(self, constraint: Constraint) -> bool:
+        """Whether it is known to be usable; takes no time."""
+        return isinstance(self._look_up(constraint), (Grammar, bool))
 
     def warm(self) -> None:
         """Make the vocabulary's trie now rather than at the first constraint."""
@@ -158,7 +165,7 @@ class Grammars:
         """End the helper process."""
         self._trial.close()
 
-    def _look_up(self, constraint: Constraint) -> Grammar | str | None:
+    def _look_up(self, constraint: Constraint) -> Grammar | str | Literal[True] | None:
         with self._lock:
             if constraint in self._kept:
                 self._kept.move_to_end(constraint)
@@ -174,7 +181,7 @@ class Grammars:
         self._remember(constraint, found)
         return found
 
-    def _remember(self, constraint: Constraint, found: Grammar | str) -> None:
+    def _remember(self, constraint: Constraint, found: Grammar | str | Literal[True]) -> None:
         with self._lock:
             self._kept[constraint] = found
             if len(self._kept) > MAX_KEPT:
