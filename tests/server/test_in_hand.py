@@ -15,10 +15,19 @@ import pytest
 from served import Served, eventually, served
 
 from paceline.server import wire
-from paceline.server.metrics import Metrics, summary
+from paceline.server.metrics import Metrics
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def summary(registry: Any) -> dict[str, float]:
+    """Every sample by name and labels."""
+    return {
+        f"{s.name}{{{','.join(f'{k}={v}' for k, v in s.labels.items())}}}": s.value
+        for family in registry.collect()
+        for s in family.samples
+    }
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +146,7 @@ def test_a_streams_token_ids_are_all_there_although_text_is_held_back(server: Se
 
 def test_hostile_constraints_wait_among_themselves(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
-    grammars = model(server).grammars
+    grammars = model(server).front.grammars
     monkeypatch.setattr(grammars, "check", lambda constraint: go.wait(30))
     with server.client() as http, ThreadPoolExecutor(50) as pool:
         bodies = [{"prompt": "a", "max_tokens": 2, "structured_outputs": {"regex": f"a{i}"}} for i in range(50)]
@@ -153,11 +162,11 @@ def test_constraints_that_passed_are_not_tried_again(server: Served) -> None:
     body = {"prompt": "a", "max_tokens": 5, "structured_outputs": {"regex": "[a-c]{3}"}}
     with server.client() as http:
         assert http.post(COMPLETIONS, json=body).status_code == 200
-        model(server).grammars._trial.why_not = None  # would raise
+        model(server).front.grammars._trial.why_not = None  # would raise
         try:
             assert http.post(COMPLETIONS, json=body).status_code == 200
         finally:
-            del model(server).grammars._trial.why_not
+            del model(server).front.grammars._trial.why_not
 
 
 def test_totals_of_a_model_that_is_being_replaced_are_counted_once() -> None:
