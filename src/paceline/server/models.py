@@ -125,9 +125,21 @@ class Model:
         return self.front.tokenizer
 
     async def encode(self, text: str, **how: Any) -> list[int]:
-        """Token ids of a text; long ones away from the event loop."""
+        """Token ids of a text; long ones away from the event loop. Raises ApiError 400 for one that cannot fit, whatever its tokens.
+
+        Encoding takes about 120 bytes of memory per character (`docs/LOG.md`), so that is not left to the check of the tokens.
+        """
         if len(text) < LONG_TEXT:
             return self.tokenizer.encode(text, **how)
+        capacity = self.ready.serving.capacity
+        most = capacity * await asyncio.to_thread(lambda: self._longest_token)
+        if len(text) > most:
+            raise ApiError(
+                400,
+                f"prompt: {len(text):,} characters, more than the {most:,} that {capacity} tokens can have; shorten it",
+                param="messages",
+                code="context_length_exceeded",
+            )
         return await asyncio.to_thread(self.tokenizer.encode, text, **how)
 
     async def render(self, messages: Sequence[Mapping[str, Any]], source: str | None = None, **arguments: Any) -> str:
@@ -141,6 +153,11 @@ class Model:
         if template is None:
             raise RequestError(f"messages: {self.front.why_no_template}")
         return await asyncio.to_thread(template.render, messages, **arguments)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters, at most: its bytes."""
+        return max(len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.n_vocab))
 
     @cached_property
     def grammars(self) -> Grammars:
