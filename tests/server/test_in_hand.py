@@ -190,3 +190,18 @@ def test_a_body_that_nobody_wants_does_not_cost_the_client_the_answer(server: Se
             answer = s.recv(1 << 16)
             assert answer.startswith(f"HTTP/1.1 {status}".encode())
             assert b"connection: close" not in answer.lower()
+
+
+@pytest.mark.parametrize(
+    "body", [{"prompt": "word " * 200_000}, {"messages": [{"role": "user", "content": "a" * 900_000}]}]
+)
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(server: Served, body: dict[str, Any]) -> None:
+    tokenizer = model(server).front.tokenizer
+    tokenizer.encode = None  # would raise
+    try:
+        with server.client() as http:
+            found = http.post(CHAT if "messages" in body else COMPLETIONS, json=body)
+    finally:
+        del tokenizer.encode
+    assert found.status_code == 400, found.text
+    assert found.json()["error"]["code"] == "context_length_exceeded"
