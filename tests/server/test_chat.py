@@ -375,3 +375,16 @@ def test_a_suffix_goes_where_code_models_expect_it() -> None:
     text = tokenizer.decode(tokens, skip_special_tokens=False)
     assert text == "<|fim_prefix|>def f(<|fim_suffix|><|fim_middle|> return x<|fim_middle|>"
     assert tokens.count(backend.token_to_id("<|fim_middle|>")) == 1  # a marker in the client's text is text
+
+
+def test_prompts_are_logged_only_if_that_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    body = {"prompt": "my secret text", "max_tokens": 3, "temperature": 0}
+    with caplog.at_level("INFO", "paceline.server"):
+        with served() as s, s.client() as c:
+            said = c.post("/v1/completions", json=body).json()["choices"][0]["text"]
+        assert "secret" not in caplog.text + str([vars(r) for r in caplog.records])
+        with served(observe={"log_prompts": True}) as s, s.client() as c:
+            c.post("/v1/completions", json=body)
+    (told,) = [r for r in caplog.records if r.message == "prompt and answer"]
+    assert told.prompts == ["my secret text"]  # type: ignore[attr-defined]
+    assert told.answers == [said]  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ An `Answer` is one API call's generation. It admits the call under its key's quo
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -17,6 +18,8 @@ from paceline.server import wire
 from paceline.server.api.base import Call
 from paceline.server.errors import ApiError
 from paceline.server.models import Model
+
+log = logging.getLogger("paceline.server")
 
 
 @dataclass
@@ -98,6 +101,7 @@ class Answer:
             for i, tokens in enumerate(prompts)
         ]
         self.usage = Usage(prompt=sum(len(p) for p in prompts))
+        self.said: list[list[str]] = [[] for _ in range(self.n_choices)]  # texts so far, if they are to be logged
         self.ended: list[wire.Ended | None] = [None] * len(self.requests)
         self.started = time.time()
 
@@ -152,6 +156,9 @@ class Answer:
                     else:
                         self.ended[at] = item
                         self.usage.cached += item.n_cached
+                if server.settings.observe.log_prompts:
+                    for choice, delta in found:
+                        self.said[choice].append(delta.text)
                 record.pieces(found, [item for _, item in items if isinstance(item, wire.Ended)])
                 if found:
                     yield found
@@ -163,6 +170,18 @@ class Answer:
             span.end(self.usage, self.ended, error)
             server.gate.settle(grant, self.usage.prompt + self.usage.completion)
             record.close(self.usage.completion)
+            if server.settings.observe.log_prompts:
+                self._log()
+
+    def _log(self) -> None:
+        """What was asked and answered, for who wants that in the log (`log_prompts`)."""
+        known = self.model.front.tokenizer
+        prompts = [
+            list(r.tokens) if known is None else known.decode(r.tokens, skip_special_tokens=False)
+            for r in self.requests
+        ]
+        answers = ["".join(texts) for texts in self.said]
+        log.info("prompt and answer", extra={"request": self.call.id, "prompts": prompts, "answers": answers})
 
     async def whole(self) -> list[Whole]:
         """All completions, each complete."""
