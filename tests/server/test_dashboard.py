@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import Served, serve
+from command import Served, serve
 from starlette.testclient import TestClient
 
 from paceline.core.config import EngineConfig

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from serving import Served, serve
+from command import Served, serve
 
 pytest.importorskip("playwright", reason="needs playwright (pip install 'paceline[browser]')")
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
