@@ -232,5 +232,5 @@ def test_figures_grow_with_what_was_answered(http: httpx.Client) -> None:
 def test_the_plan_tells_the_notes_of_the_worker_too() -> None:
     plan = {"model": "m", "notes": ["of the plan"]}
     ready = SimpleNamespace(plan=plan, notes=("of the plan", "of the weights"))
-    told = described(SimpleNamespace(ready=ready, fingerprint="pl-1", offer=SimpleNamespace(names=("m",))))
+    told = described(SimpleNamespace(ready=ready, fingerprint="pl-1", adapter="", offer=SimpleNamespace(names=("m",))))
     assert told == {"model": "m", "notes": ["of the plan", "of the weights"], "fingerprint": "pl-1", "names": ["m"]}

@@ -351,6 +351,9 @@ def _has_body(headers: Headers) -> bool:
 
 
 def _is_small(headers: Headers) -> bool:
+    """Whether a body is on its way that is worth taking in; a client that asks first (Expect) has not sent it."""
+    if any(n == b"expect" for n, _ in headers):
+        return False
     lengths = [v for n, v in headers if n == b"content-length"]
     return bool(lengths) and all(len(v) <= len(str(UNWANTED)) and v.isdigit() and int(v) <= UNWANTED for v in lengths)
 
